@@ -1,0 +1,95 @@
+"""The two training losses (arXiv 2106.02034, section 3.4). They know tensors only."""
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# (logits, tokens, keep_mask, keep_decisions) of a dynamic model in train mode
+Outputs = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+
+
+def ratio_loss(keep_decisions: Sequence[Tensor], keep_rates: Sequence[float]) -> Tensor:
+    """Sum over stages of the mean over images of (kept fraction - keep rate)^2 (eq. 15).
+
+    keep_decisions: a (B, N) policy per stage; fractions are of the original N tokens.
+    """
+    return sum(
+        (policy.float().mean(dim=1) - rate).square().mean()
+        for policy, rate in zip(keep_decisions, keep_rates, strict=True)
+    )
+
+
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """(..., classes) logits -> (...) KL divergence with the teacher's distribution as the target."""
+    student, teacher = (F.log_softmax(logits.float(), dim=-1) for logits in (student, teacher))
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+
+
+class DiffPruningLoss(nn.Module):
+    """Label loss and ratio loss, without a teacher.
+
+    predict: makes the logits that labels are compared with from (logits, tokens), for backbones
+    whose prediction joins both (LV-ViT's combine_heads).
+    """
+
+    def __init__(
+        self,
+        base_criterion: nn.Module,
+        keep_rates: Sequence[float],
+        ratio_weight: float = 2.0,
+        predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_criterion = base_criterion
+        self.keep_rates = tuple(keep_rates)
+        self.ratio_weight = ratio_weight
+        self.predict = predict
+
+    def forward(self, images: Tensor, outputs: Outputs, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its unweighted parts by name. images are not used here."""
+        logits, tokens, _, keep_decisions = outputs
+        if self.predict is not None:
+            logits = self.predict(logits, tokens)
+        parts = {
+            "cls": self.base_criterion(logits.float(), labels),
+            "ratio": ratio_loss(keep_decisions, self.keep_rates),
+        }
+        return parts["cls"] + self.ratio_weight / len(self.keep_rates) * parts["ratio"], parts
+
+
+class DistillDiffPruningLoss(DiffPruningLoss):
+    """Adds self-distillation from the dense backbone, on the logits and on the tokens kept at the end.
+
+    teacher: a module that returns (logits, tokens) for images; see models.Teacher.
+    mse_token: compare tokens by mean squared error (DeiT: features), else by KL divergence
+    (LV-ViT: auxiliary logits).
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        base_criterion: nn.Module,
+        keep_rates: Sequence[float],
+        ratio_weight: float = 2.0,
+        distill_weight: float = 0.5,
+        mse_token: bool = True,
+    ) -> None:
+        super().__init__(base_criterion, keep_rates, ratio_weight)
+        self.teacher = teacher
+        self.distill_weight = distill_weight
+        self.mse_token = mse_token
+
+    def forward(self, images: Tensor, outputs: Outputs, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its unweighted parts by name; the teacher sees the same images."""
+        loss, parts = super().forward(images, outputs, labels)
+        logits, tokens, keep_mask, _ = outputs
+        teacher_logits, teacher_tokens = self.teacher(images)
+        if self.mse_token:
+            token_distance = (tokens.float() - teacher_tokens.float()).square().mean(dim=-1)
+        else:
+            token_distance = kl_divergence(tokens, teacher_tokens)
+        parts["cls_kl"] = kl_divergence(logits, teacher_logits).mean()
+        # at least 1: a batch that has lost every token has no token loss
+        parts["token"] = (token_distance * keep_mask).sum() / keep_mask.sum().clamp(min=1)
+        return loss + self.distill_weight * (parts["cls_kl"] + parts["token"]), parts

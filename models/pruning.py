@@ -1,0 +1,197 @@
+"""Token pruning: the whole of DynamicViT (arXiv 2106.02034), for any timm VisionTransformer.
+
+A *stage* is a place before a block where a predictor scores the patch tokens that are left.
+The *policy* is the running keep decision, 1 for a kept token and 0 for a dropped one. Shapes:
+B images, N patch tokens, P prefix tokens (the class token first), C channels, S stages.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
+from torch import Tensor, nn
+
+# What a dropped token weighs in attention beside a kept one. Not 0, so that the gradient still
+# reaches its decision; the logarithm is a whole number so that bfloat16 holds it exactly.
+LOG_DROPPED_WEIGHT = -16.0
+
+
+class Predictor(nn.Module):
+    """Scores tokens from their own features and the mean over all kept ones (paper, section 3.2)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        self.out_conv = nn.Sequential(
+            nn.Linear(dim, dim // 2),
+            nn.GELU(),
+            nn.Linear(dim // 2, dim // 4),
+            nn.GELU(),
+            nn.Linear(dim // 4, 2),
+            nn.LogSoftmax(dim=-1),
+        )
+
+    def forward(self, tokens: Tensor, policy: Tensor | None = None) -> Tensor:
+        """(B, N, C) tokens, (B, N) policy or None for all kept -> (B, N, 2) log-probabilities.
+
+        Channel 0 is "keep".
+        """
+        local_features, global_features = self.in_conv(tokens).chunk(2, dim=-1)
+        if policy is None:
+            mean = global_features.mean(dim=1, keepdim=True)
+        else:
+            # float32, as bfloat16 cannot count past 256; at least 1, as an image that has lost
+            # every token would otherwise divide 0 by 0 (the published code's NaN).
+            kept = policy.float().sum(dim=1).clamp(min=1)[:, None, None]
+            mean = (global_features * policy[..., None]).sum(dim=1, keepdim=True) / kept
+        mean = mean.to(local_features.dtype).expand_as(local_features)
+        return self.out_conv(torch.cat([local_features, mean], dim=-1))
+
+
+def sample_keep_decision(log_probs: Tensor) -> Tensor:
+    """(B, N, 2) log-probabilities -> (B, N) decisions, 0 or 1, by straight-through Gumbel-softmax."""
+    return F.gumbel_softmax(log_probs.float(), tau=1.0, hard=True, dim=-1)[..., 0]
+
+
+def policy_bias(policy: Tensor, num_prefix: int) -> Tensor:
+    """(B, N) policy -> (B, 1, P+N, P+N) attention bias that hides dropped tokens.
+
+    softmax(a + bias) weighs exp(a_ij) by G_ij, where G_ij is policy_j, and 1 if i = j (paper,
+    eq. 9-11): a query sees the kept tokens, the prefix tokens and itself.
+    """
+    dropped_weight = torch.tensor(LOG_DROPPED_WEIGHT, device=policy.device).exp()
+    log_policy = F.pad(torch.log(policy.float() + dropped_weight), (num_prefix, 0))
+    size = log_policy.shape[1]
+    off_diagonal = 1 - torch.eye(size, device=policy.device)
+    return (log_policy[:, None, :] * off_diagonal)[:, None]
+
+
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """(B, N, C) tokens, (B, K) indices -> (B, K, C)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def split_outputs(vit: VisionTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, P+N, C) normed tokens -> what student and teacher are compared on: logits and tokens.
+
+    Tokens are the (B, N, C) patch tokens, or for LV-ViT the (B, N, classes) logits of its
+    auxiliary head, and the logits then are those of the class token alone.
+    """
+    patch_tokens = x[:, vit.num_prefix_tokens :]
+    if hasattr(vit, "aux_head"):
+        return vit.head(x[:, 0]), vit.aux_head(patch_tokens)
+    return vit.forward_head(x), patch_tokens
+
+
+class TokenPruning:
+    """Mixin that gives a timm VisionTransformer its predictors and a forward pass that uses them."""
+
+    pruning_loc: tuple[int, ...]
+    keep_rates: tuple[float, ...]
+    score_predictor: nn.ModuleList
+
+    def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
+        """Share of the original patch tokens kept after each stage; must not grow from stage to stage."""
+        keep_rates = tuple(float(rate) for rate in keep_rates)
+        if len(keep_rates) != len(self.pruning_loc):
+            raise ValueError(f"{len(keep_rates)} keep rates for {len(self.pruning_loc)} pruning stages")
+        if not all(0 < rate <= 1 for rate in keep_rates):
+            raise ValueError(f"keep rates must lie in (0, 1], got {', '.join(map(str, keep_rates))}")
+        if list(keep_rates) != sorted(keep_rates, reverse=True):
+            raise ValueError(f"keep rates are shares of the original tokens and cannot grow, got {keep_rates}")
+        self.keep_rates = keep_rates
+
+    def tokens_kept(self, num_patches: int) -> list[int]:
+        """Patch tokens left after each stage of the evaluation forward."""
+        return [max(1, int(num_patches * rate)) for rate in self.keep_rates]
+
+    def forward(self, images: Tensor):
+        """(B, 3, H, W) images -> in training (logits, tokens, keep_mask, keep_decisions), else logits.
+
+        tokens: see split_outputs. keep_mask: (B, N), the tokens kept at the end, no gradient.
+        keep_decisions: S tensors (B, N), the policy after each stage, with gradient.
+        """
+        if self.training:
+            return self.forward_masked(images)
+        return self.forward_pruned(images)[0]
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.norm_pre(self._pos_embed(self.patch_embed(images)))
+
+    def forward_masked(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Training: tokens are hidden by the attention bias, so that decisions get a gradient."""
+        x = self.embed(images)
+        policy = x.new_ones(x[:, self.num_prefix_tokens :].shape[:2], dtype=torch.float32)
+        bias = None
+        keep_decisions = []
+        for i, block in enumerate(self.blocks):
+            if i in self.pruning_loc:
+                predictor = self.score_predictor[len(keep_decisions)]
+                log_probs = predictor(x[:, self.num_prefix_tokens :], policy)
+                policy = policy * sample_keep_decision(log_probs)
+                keep_decisions.append(policy)
+                bias = policy_bias(policy, self.num_prefix_tokens).to(log_probs.dtype)
+            x = block(x, attn_mask=bias)
+        logits, tokens = split_outputs(self, self.norm(x))
+        return logits, tokens, policy.detach(), keep_decisions
+
+    def forward_pruned(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Evaluation: the lowest scored tokens leave the tensor.
+
+        Returns the (B, classes) logits and, per stage, the (B, K) original indices of the kept
+        patches, best score first.
+        """
+        x = self.embed(images)
+        num_prefix = self.num_prefix_tokens
+        num_keep = self.tokens_kept(x.shape[1] - num_prefix)
+        kept = []
+        for i, block in enumerate(self.blocks):
+            if i in self.pruning_loc:
+                stage = len(kept)
+                prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
+                scores = self.score_predictor[stage](patches)[..., 0]
+                best = scores.topk(num_keep[stage], dim=1).indices
+                x = torch.cat([prefix, gather_tokens(patches, best)], dim=1)
+                kept.append(kept[-1].gather(1, best) if kept else best)
+            x = block(x)
+        return self.forward_head(self.norm(x)), kept
+
+
+def make_dynamic(
+    vit: VisionTransformer, pruning_loc: Sequence[int], keep_rates: Sequence[float]
+) -> VisionTransformer:
+    """Turns a timm VisionTransformer into a DynamicViT, in place; its own weights and names stay.
+
+    pruning_loc: the blocks before which tokens are dropped. Raises ValueError if they do not fit.
+    """
+    pruning_loc = tuple(pruning_loc)
+    depth = len(vit.blocks)
+    if not pruning_loc or list(pruning_loc) != sorted(set(pruning_loc)) or not all(0 <= i < depth for i in pruning_loc):
+        raise ValueError(f"pruning stages must be ascending block numbers in 0..{depth - 1}, got {pruning_loc}")
+    if not vit.has_class_token:
+        raise ValueError("token pruning needs a backbone with a class token")
+    vit.__class__ = type(f"Dynamic{type(vit).__name__}", (TokenPruning, type(vit)), {})
+    vit.pruning_loc = pruning_loc
+    vit.set_keep_rates(keep_rates)
+    vit.score_predictor = nn.ModuleList(Predictor(vit.embed_dim) for _ in pruning_loc)
+    vit.score_predictor.apply(init_weights_vit_timm)
+    return vit
+
+
+class Teacher(nn.Module):
+    """A dense backbone to distil from: frozen, and in eval mode whatever its parent does.
+
+    Without that LV-ViT's BatchNorm statistics would drift. Returns (logits, tokens), see split_outputs.
+    """
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return split_outputs(self.vit, self.vit.forward_features(images))
