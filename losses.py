@@ -26,6 +26,18 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
+class LabelLoss(nn.Module):
+    """The label loss alone, for a dense model."""
+
+    def __init__(self, base_criterion: nn.Module) -> None:
+        super().__init__()
+        self.base_criterion = base_criterion
+
+    def forward(self, images: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts by name, called as the others are."""
+        return self.base_criterion(logits.float(), labels), {}
+
+
 class DiffPruningLoss(nn.Module):
     """Label loss and ratio loss, without a teacher.
 
@@ -47,7 +59,10 @@ class DiffPruningLoss(nn.Module):
         self.predict = predict
 
     def forward(self, images: Tensor, outputs: Outputs, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its unweighted parts by name. images are not used here."""
+        """Returns the loss and, by name, its unweighted parts and each stage's mean kept fraction.
+
+        images are for the teacher, which this loss has not.
+        """
         logits, tokens, _, keep_decisions = outputs
         if self.predict is not None:
             logits = self.predict(logits, tokens)
@@ -55,6 +70,8 @@ class DiffPruningLoss(nn.Module):
             "cls": self.base_criterion(logits.float(), labels),
             "ratio": ratio_loss(keep_decisions, self.keep_rates),
         }
+        for stage, policy in enumerate(keep_decisions):
+            parts[f"kept_{stage}"] = policy.detach().mean()
         return parts["cls"] + self.ratio_weight / len(self.keep_rates) * parts["ratio"], parts
 
 
@@ -81,7 +98,7 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         self.mse_token = mse_token
 
     def forward(self, images: Tensor, outputs: Outputs, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its unweighted parts by name; the teacher sees the same images."""
+        """As DiffPruningLoss; the teacher sees the same images as the student."""
         loss, parts = super().forward(images, outputs, labels)
         logits, tokens, keep_mask, _ = outputs
         teacher_logits, teacher_tokens = self.teacher(images)

@@ -47,9 +47,7 @@ class LVViT(VisionTransformer):
     """Conv stem, halved residual branches, and an auxiliary head that classifies every patch token."""
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(
-            embed_layer=ConvStem, qkv_bias=False, norm_layer=partial(nn.LayerNorm, eps=1e-5), **kwargs
-        )
+        super().__init__(embed_layer=ConvStem, qkv_bias=False, norm_layer=partial(nn.LayerNorm, eps=1e-5), **kwargs)
         for block in self.blocks:
             block.ls1, block.ls2 = Scale(0.5), Scale(0.5)
         self.aux_head = nn.Linear(self.embed_dim, self.num_classes)

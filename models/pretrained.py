@@ -16,9 +16,7 @@ from torch import Tensor
 
 StateDict = dict[str, Tensor]
 
-# Where the weights stand in a file, by origin: ours and DeiT's, timm's, a bare state dict.
-WEIGHT_KEYS = ("model", "state_dict")
-EMA_WEIGHT_KEYS = ("model_ema", "state_dict_ema")
+WEIGHT_KEYS = ("model", "state_dict")  # ours and DeiT's, timm's; else the file is a bare state dict
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 HEAD_NAMES = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
 
@@ -52,10 +50,9 @@ def read_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def find_weights(content: dict, prefer_ema: bool = False) -> StateDict:
+def find_weights(content: dict) -> StateDict:
     """The state dict inside a checkpoint's content, wrapper prefixes removed, in float32."""
-    keys = EMA_WEIGHT_KEYS + WEIGHT_KEYS if prefer_ema else WEIGHT_KEYS
-    weights = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    weights = next((content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"no weights found in the checkpoint; it holds: {', '.join(map(str, content))}")
     for prefix in WRAPPER_PREFIXES * 2:  # either may be wrapped in the other

@@ -158,9 +158,7 @@ class TokenPruning:
         return self.forward_head(self.norm(x)), kept
 
 
-def make_dynamic(
-    vit: VisionTransformer, pruning_loc: Sequence[int], keep_rates: Sequence[float]
-) -> VisionTransformer:
+def make_dynamic(vit: VisionTransformer, pruning_loc: Sequence[int], keep_rates: Sequence[float]) -> VisionTransformer:
     """Turns a timm VisionTransformer into a DynamicViT, in place; its own weights and names stay.
 
     pruning_loc: the blocks before which tokens are dropped. Raises ValueError if they do not fit.

@@ -28,9 +28,7 @@ class Reference:
         self.meta = meta = json.loads(str(self.numbers["meta"]))
         arch = {"deit": "deit_small", "lvvit": "lvvit_s"}[kind]
         overrides = {k: meta[k] for k in ("num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio")}
-        self.student = create_model(
-            arch, pruning_loc=meta["pruning_loc"], keep_rates=meta["keep_rates"], **overrides
-        )
+        self.student = create_model(arch, pruning_loc=meta["pruning_loc"], keep_rates=meta["keep_rates"], **overrides)
         self.teacher = Teacher(create_model(arch, dense=True, **overrides))
         rebuild_weights(self.student, meta["salt"])
         rebuild_weights(self.teacher.vit, meta["salt"] + "teacher.")

@@ -1,0 +1,174 @@
+"""One epoch of training, and evaluation. Knows no architecture."""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from utils import Eta, UserError, derive_seed, get_rank, get_world_size, log, set_seed, sum_over_processes
+
+MAX_BAD_STEPS = 20  # in a row, before a run gives up
+
+
+@dataclass
+class Trainer:
+    """All that a training step works with, and the numbers that it leaves behind."""
+
+    model: nn.Module  # DDP-wrapped where there are several processes
+    criterion: nn.Module  # (images, outputs, labels) -> (loss, parts by name)
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    batch_transform: Callable[[Tensor], Tensor]
+    device: torch.device
+    amp_dtype: torch.dtype | None
+    mixup: Mixup | None = None
+    ema: ModelEmaV3 | None = None
+    clip_grad: float | None = None
+    update_freq: int = 1
+    seed: int = 0
+    print_freq: int = 50
+    bad_steps_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+def train_one_epoch(
+    trainer: Trainer,
+    loader: Iterable,
+    epoch: int,
+    total_steps: int,
+    eta: Eta,
+) -> tuple[dict[str, float], float]:
+    """Returns the means of the loss and its parts, and the pace in images/s, over all processes.
+
+    loader: batches of (B, 3, H, W) uint8 images and (B,) labels, of which update_freq make a step.
+    """
+    trainer.model.train()
+    sums = RunningMeans(trainer.device)
+    started, images_seen = time.monotonic(), 0
+    batches = iter(loader)
+    for step in range(total_steps):
+        for micro_step in range(trainer.update_freq):
+            images, labels = next(batches)
+            images_seen += len(images)
+            # Erasing, mixup and keep decisions follow from the place in the run alone, so that a
+            # resumed run draws the same.
+            set_seed(derive_seed(trainer.seed, epoch, step, micro_step, get_rank()))
+            sums.update(accumulate_gradients(trainer, images, labels, last=micro_step == trainer.update_freq - 1))
+        sums.update({"bad_steps": update_weights(trainer)})
+        eta.advance()
+        done = step + 1
+        if done % trainer.print_freq == 0 or done == total_steps:
+            stop_if_diverged(trainer)
+            pace = images_seen * get_world_size() / (time.monotonic() - started)
+            log(f"epoch {epoch}  step {done}/{total_steps}  {sums}  {pace:.0f} images/s  ETA {eta}")
+    return sums.means(), pace
+
+
+def accumulate_gradients(trainer: Trainer, images: Tensor, labels: Tensor, last: bool) -> dict[str, Tensor]:
+    """Forward and backward of one batch; processes exchange gradients on the last of a step only."""
+    images = trainer.batch_transform(images)
+    labels = labels.to(trainer.device, non_blocking=True)
+    if trainer.mixup is not None:
+        images, labels = trainer.mixup(images, labels)
+    wait = isinstance(trainer.model, DistributedDataParallel) and not last
+    with trainer.model.no_sync() if wait else nullcontext():
+        with autocast(trainer.device, trainer.amp_dtype):
+            outputs = trainer.model(images)
+            loss, parts = trainer.criterion(images, outputs, labels)
+        trainer.scaler.scale(loss / trainer.update_freq).backward()
+    return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+
+def update_weights(trainer: Trainer) -> Tensor:
+    """One optimizer step; returns 1 where it was skipped for a gradient that is not finite, else 0.
+
+    The scaler's check and the fused optimizer keep all of it on the device. Gradients are equal in
+    all processes, so all skip together.
+    """
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    trainer.scaler.unscale_(trainer.optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if trainer.clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(parameters, trainer.clip_grad, norm)
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.ema is not None:
+        trainer.ema.update(unwrap(trainer.model))
+    bad = (~norm.isfinite()).float()
+    trainer.bad_steps_in_a_row = (trainer.bad_steps_in_a_row.to(trainer.device) + bad) * bad
+    return bad
+
+
+def stop_if_diverged(trainer: Trainer) -> None:
+    if trainer.bad_steps_in_a_row.item() >= MAX_BAD_STEPS:
+        raise UserError(
+            f"the last {MAX_BAD_STEPS} steps all had gradients that are not finite; the last checkpoint is as it "
+            "was before them: resume from it with --clip-grad 1, a lower --lr or another --seed"
+        )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    batch_transform: Callable[[Tensor], Tensor],
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    sharded: bool,
+) -> dict[str, float]:
+    """Returns loss, top1 and top5 (in percent) and the number of images.
+
+    sharded: each process's loader holds its own part of the images, so sums are added up.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for images, labels in loader:
+        labels = labels.to(device, non_blocking=True)
+        with autocast(device, amp_dtype):
+            logits = model(batch_transform(images))
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
+    if sharded:
+        sum_over_processes(sums)
+    loss, top1, top5, count = sums.tolist()
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": int(count)}
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+class RunningMeans:
+    """Means of named scalars; kept on the device, so that no step waits for its numbers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name} {value.item() / self.counts[name]:.4g}" for name, value in self.sums.items())
+
+    def means(self) -> dict[str, float]:
+        """Over all processes."""
+        totals = sum_over_processes(torch.stack([*self.sums.values()]).double()) / get_world_size()
+        return {n: total / self.counts[n] for n, total in zip(self.sums, totals.tolist(), strict=True)}

@@ -1,0 +1,32 @@
+"""What a computation costs in arithmetic: matrix products and convolutions, as papers count them."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:
+    """Multiply-adds of the evaluation forward on one image, in 1e9.
+
+    img_size: side in pixels, or (height, width). Works on a copy, so that the model's mode,
+    device and gradients stay as they are.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    # On the meta device only shapes are computed, and no weights are held: fast at any size.
+    shadow = copy.deepcopy(model).to("meta").eval()
+    images = torch.empty(1, 3, height, width, device="meta")
+    with torch.no_grad():
+        return gflops_of(lambda: shadow(images))
+
+
+def gflops_of(run: Callable[[], object]) -> float:
+    """Multiply-adds in 1e9 of whatever run() does, backward passes included."""
+    # The plain attention kernel is made of matrix products, which the counter knows on every
+    # device; it does not know every fused one.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 2e9

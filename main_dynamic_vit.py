@@ -1,0 +1,504 @@
+"""Trains and evaluates DynamicViT models, and the dense backbones that they start from."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+import utils
+from datasets import DATA_SETS, AugmentedDataset, BatchTransform, build_dataset
+from engine import Trainer, evaluate, train_one_epoch, unwrap
+from flops import count_gflops
+from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
+from models import (
+    ARCHS,
+    CheckpointError,
+    Teacher,
+    combine_heads,
+    create_model,
+    find_weights,
+    load_weights,
+    read_checkpoint,
+)
+from optim import dense_rates, dynamic_rates, param_groups, set_rates
+from samplers import ShardSampler, TrainSampler
+from utils import UserError, log
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
+# Arguments that a run may be resumed with other values of: they do not change what it learns.
+MAY_CHANGE = {
+    *("resume", "eval", "dist_eval", "output_dir", "data_path", "pretrained"),
+    *("device", "num_workers", "print_freq", "num_classes"),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    flag = argparse.BooleanOptionalAction
+
+    add("--arch", default="deit_small", help=f"one of {', '.join(ARCHS)}")
+    add("--dense", action="store_true", help="the plain backbone, without pruning: a teacher for your own data")
+    add("--base-rate", type=float, default=0.7, help="stage s keeps base_rate^s of the original tokens")
+    add("--keep-rates", type=float, nargs="+", help="instead, the share of the original tokens kept after each stage")
+    add("--pruning-loc", type=int, nargs="+", help="blocks before which tokens are dropped (default: the arch's)")
+    add("--input-size", type=int, default=224, help="pixels")
+    add("--patch-size", type=int, default=16, help="pixels")
+    for name, kind in (("embed-dim", int), ("depth", int), ("num-heads", int), ("mlp-ratio", float)):
+        add(f"--{name}", type=kind, help="(default: the arch's)")
+    add("--pretrained", help="dense weights to start from (default: the arch's file in pretrained/)")
+
+    add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder of train/<class> and val/<class>")
+    add("--data-path", default="", help="the data set's folder")
+    add("--num-classes", type=int, help="of the model (default: the data set's; 1000 for folders of WordNet ids)")
+    add("--num-workers", type=int, default=8, help="loader processes for each training process")
+    add("--dist-eval", action="store_true", help="share the validation images out among the processes")
+
+    add("--output-dir", default="", help="where checkpoints, log.txt and TensorBoard events go (default: nowhere)")
+    add("--resume", default="auto", help="a checkpoint; 'auto': the run in --output-dir, if it is this one; 'none'")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--seed", type=int, default=0)
+    add("--print-freq", type=int, default=50, help="steps between progress lines")
+
+    add("--epochs", type=int, default=30)
+    add("--batch-size", type=int, default=64, help="images for each process and forward pass")
+    add("--update-freq", type=int, default=1, help="forward passes to an optimizer step")
+    add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile student and teacher")
+    add("--lr", type=float, default=5e-4, help="for 512 images a step; scales with them")
+    add("--min-lr", type=float, default=1e-5)
+    add("--backbone-lr-scale", type=float, default=0.01, help="the backbone's largest share of the learning rate")
+    add("--warmup-epochs", type=int, default=5, help="epochs with the backbone frozen (dense: of linear warm-up)")
+    add("--weight-decay", type=float, default=0.05)
+    add("--clip-grad", type=float, help="largest gradient norm")
+    add("--model-ema", action=flag, default=True, help="also keep and evaluate the weights' moving average")
+    add("--model-ema-decay", type=float, default=0.99996)
+
+    add("--distill", action="store_true", help="learn from the dense backbone")
+    add("--ratio-weight", type=float, default=2.0, help="of the keep rates' loss")
+    add("--distill-weight", type=float, default=0.5, help="of each of the two distillation losses")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+
+    add("--color-jitter", type=float, default=0.4, help="where --aa is none")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy, or none")
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    add("--repeated-aug", action=flag, default=True, help="each image three times an epoch, in a third of the images")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erased pixels become")
+    add("--mixup", type=float, default=0.8, help="alpha; 0 is off")
+    add("--cutmix", type=float, default=1.0, help="alpha; 0 is off")
+    add("--mixup-prob", type=float, default=1.0, help="of mixup or cutmix")
+    add("--mixup-switch-prob", type=float, default=0.5, help="of cutmix where both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    return parser.parse_args(dashed(sys.argv[1:] if argv is None else argv))
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """Lets every flag be written with _ as well as with -."""
+    dashed_argv = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        dashed_argv.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
+    return dashed_argv
+
+
+def main(args: argparse.Namespace) -> None:
+    device = utils.pick_device(args.device)
+    check_args(args)
+    resume_from = find_checkpoint(args)
+    utils.init_distributed(device)
+    utils.set_seed(args.seed)
+
+    val_set = build_dataset(train=False, args=args)
+    train_set = None if args.eval else build_dataset(train=True, args=args)
+    args.num_classes = args.num_classes or len(val_set.source.classes)
+    model, teacher = build_models(args, load_student=not (args.eval and resume_from))
+    model.to(device)
+    val_loader = build_val_loader(val_set, args)
+    describe(args, model, train_set, val_set, device)
+
+    if args.eval:
+        if resume_from:
+            load(model, read_checkpoint(resume_from))
+        report_accuracy("evaluated", run_evaluation(args, model, val_loader, device))
+        return
+    train(args, model, teacher, train_set, val_loader, device, resume_from)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """What would otherwise surface late, or as somebody else's traceback."""
+    for name in ("input_size", "patch_size", "epochs", "batch_size", "update_freq", "print_freq", "lr", "min_lr"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
+        raise UserError(
+            f"mixup pairs images: --batch-size must be even, got {args.batch_size} (or --mixup 0 --cutmix 0)"
+        )
+    if args.dense and args.distill:
+        raise UserError("--distill teaches a dynamic model; leave it out with --dense")
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The file to go on from. An earlier run in --output-dir is gone on with or left alone, never overwritten."""
+    last = Path(args.output_dir) / LAST if args.output_dir else None
+    held = last is not None and last.is_file()
+    if args.resume not in ("auto", "none"):
+        path = Path(args.resume)
+        if held and not args.eval and path.resolve().parent != last.resolve().parent:
+            raise UserError(f"{args.output_dir} holds another run; choose another --output-dir for this one")
+        return path
+    if not held or (args.eval and args.resume == "none"):
+        return None
+    if args.resume == "none":
+        raise UserError(f"{args.output_dir} holds an earlier run; choose another --output-dir, or --resume auto")
+    if not args.eval:
+        earlier = read_checkpoint(last).get("args", {})
+        changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and earlier.get(k, v) != v]
+        if changed:
+            changes = ", ".join(f"--{k.replace('_', '-')} {earlier[k]} -> {getattr(args, k)}" for k in changed)
+            raise UserError(
+                f"{args.output_dir} holds a run of other arguments ({changes}); "
+                f"choose another --output-dir, or go on from it with --resume {last}"
+            )
+    return last
+
+
+def build_models(args: argparse.Namespace, load_student: bool) -> tuple[nn.Module, Teacher | None]:
+    """The model to train or evaluate and, to distil from, its dense backbone; both with dense weights."""
+    model = build_model(args, dense=args.dense)
+    from_scratch = args.dense and not args.pretrained and not args.eval
+    if from_scratch or not (load_student or args.distill):
+        return model, None
+    weights = read_pretrained(args)
+    for note in load_weights(model, weights, new_head=args.dense and not args.eval):
+        log(note)
+    if not args.distill or args.eval:
+        return model, None
+    dense = build_model(args, dense=True)
+    load_weights(dense, weights)
+    return model, Teacher(dense)
+
+
+def build_model(args: argparse.Namespace, dense: bool) -> nn.Module:
+    overrides = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "pruning_loc", "keep_rates")
+    try:
+        return create_model(
+            args.arch,
+            args.base_rate,
+            args.num_classes,
+            args.input_size,
+            dense=dense,
+            **{name: getattr(args, name) for name in overrides},
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def read_pretrained(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Dense weights from --pretrained or pretrained/, checked to know as many classes as the data set."""
+    path = args.pretrained
+    if not path:
+        name = ARCHS[args.arch].weights
+        if name is None:
+            raise UserError(
+                f"no weights are published for {args.arch}: train it with --dense, then give --pretrained FILE"
+            )
+        path = Path(__file__).parent / "pretrained" / name
+        if not path.is_file():
+            raise UserError(
+                f"no dense weights {path}; get them: sh download_pretrain.sh {args.arch} (or --pretrained FILE)"
+            )
+    weights = find_weights(read_checkpoint(path))
+    classes = len(weights["head.bias"]) if "head.bias" in weights else args.num_classes
+    if classes != args.num_classes and (args.eval or not args.dense):
+        raise UserError(
+            f"{path} knows {classes} classes, the data set has {args.num_classes}: "
+            "train a dense model on it first (--dense --pretrained FILE) and start from that"
+        )
+    return weights
+
+
+def build_val_loader(val_set: AugmentedDataset, args: argparse.Namespace) -> DataLoader:
+    rank, world_size = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
+    sampler = ShardSampler(val_set, rank, world_size)
+    return DataLoader(val_set, 2 * args.batch_size, sampler=sampler, **loader_options(args))
+
+
+def loader_options(args: argparse.Namespace) -> dict:
+    return {
+        "num_workers": args.num_workers,
+        "persistent_workers": args.num_workers > 0,
+        "pin_memory": utils.pick_device(args.device).type == "cuda",
+    }
+
+
+def describe(
+    args: argparse.Namespace,
+    model: nn.Module,
+    train_set: AugmentedDataset | None,
+    val_set: AugmentedDataset,
+    device: torch.device,
+) -> None:
+    dense = build_model(args, dense=True)
+    dense_gflops = count_gflops(dense, args.input_size)
+    log(f"{args.arch} dense: {megas(dense):.2f} M parameters, {dense_gflops:.3f} GFLOPs")
+    if not args.dense:
+        gflops = count_gflops(model, args.input_size)
+        patches = model.patch_embed.num_patches
+        log(
+            f"{args.arch} dynamic: {megas(model):.2f} M parameters, {gflops:.3f} GFLOPs "
+            f"({gflops / dense_gflops:.1%} of dense); before blocks {list(model.pruning_loc)} "
+            f"{model.tokens_kept(patches)} of {patches} tokens are kept"
+        )
+    counts = (
+        f"{len(val_set)} validation images"
+        if train_set is None
+        else (f"{len(train_set)} training and {len(val_set)} validation images")
+    )
+    log(f"{args.data_set} {args.data_path}: {counts}, {args.num_classes} classes")
+    amp = next(name for name, dtype in AMP_DTYPES.items() if dtype == pick_amp(args, device))
+    log(f"{utils.get_world_size()} process(es) on {device.type}, {args.batch_size} images each, amp {amp}")
+
+
+def megas(model: nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def pick_amp(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """'auto': bfloat16 where the hardware has it, float16 on older GPUs, float32 on older CPUs."""
+    if args.amp != "auto":
+        return AMP_DTYPES[args.amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def load(model: nn.Module, content: dict, key: str = "model") -> None:
+    load_weights(model, find_weights({"model": content[key]} if key in content else content))
+
+
+def run_evaluation(
+    args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, device: torch.device
+) -> dict[str, float]:
+    return evaluate(model, val_loader, BatchTransform(device), device, pick_amp(args, device), args.dist_eval)
+
+
+def report_accuracy(what: str, stats: dict[str, float]) -> None:
+    log(
+        f"{what}: top-1 {stats['top1']:.2f} %, top-5 {stats['top5']:.2f} %, loss {stats['loss']:.4f} "
+        f"on {stats['images']} images"
+    )
+
+
+def train(
+    args: argparse.Namespace,
+    model: nn.Module,
+    teacher: Teacher | None,
+    train_set: AugmentedDataset,
+    val_loader: DataLoader,
+    device: torch.device,
+    resume_from: Path | None,
+) -> None:
+    """The epoch loop, with what it leaves in --output-dir."""
+    loader, steps_per_epoch = build_train_loader(train_set, args)
+    trainer = build_trainer(args, model, teacher, device)
+    start_epoch, best = 0, {}
+    if resume_from:
+        start_epoch, best = restore(trainer, read_checkpoint(resume_from), resume_from)
+        log(f"resumed from {resume_from}: {start_epoch} of {args.epochs} epochs are done")
+    writer = open_output(args)
+    dense_stats = None
+    if teacher is not None:
+        dense_stats = run_evaluation(args, teacher.vit, val_loader, device)
+        report_accuracy("dense teacher", dense_stats)
+
+    eta = utils.Eta((args.epochs - start_epoch) * steps_per_epoch)
+    for epoch in range(start_epoch, args.epochs):
+        rates = learning_rates(args, epoch)
+        set_rates(trainer.optimizer, rates)
+        loader.sampler.set_epoch(epoch)
+        train_stats, pace = train_one_epoch(trainer, loader, epoch, steps_per_epoch, eta)
+        record = {"epoch": epoch, **{f"lr/{name}": rate for name, rate in rates.items()}}
+        record |= {f"train/{name}": value for name, value in train_stats.items()}
+        for name, weights in (("val", model), ("val_ema", trainer.ema and trainer.ema.module)):
+            if weights is not None:
+                stats = run_evaluation(args, weights, val_loader, device)
+                report_accuracy(f"epoch {epoch} {name}", stats)
+                record |= {f"{name}/{key}": value for key, value in stats.items()}
+        is_best = record["val/top1"] > best.get("val/top1", -1)
+        best = record if is_best else best
+        if utils.is_main_process() and args.output_dir:
+            write_record(writer, Path(args.output_dir), record, pace)
+            content = checkpoint_content(args, trainer, epoch + 1, best)
+            for name in (LAST, BEST) if is_best else (LAST,):
+                utils.save_checkpoint(content, Path(args.output_dir) / name)
+    print_summary(args, model, dense_stats, best)
+
+
+def build_train_loader(train_set: AugmentedDataset, args: argparse.Namespace) -> tuple[DataLoader, int]:
+    """Returns the loader and the number of optimizer steps in an epoch."""
+    repeats = 3 if args.repeated_aug else 1
+    sampler = TrainSampler(train_set, utils.get_rank(), utils.get_world_size(), args.seed, repeats)
+    steps = len(sampler) // (args.batch_size * args.update_freq)
+    if steps == 0:
+        raise UserError(
+            f"--batch-size {args.batch_size} times --update-freq {args.update_freq} is more than the "
+            f"{len(sampler)} training images of a process; make it smaller"
+        )
+    return DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **loader_options(args)), steps
+
+
+def build_trainer(args: argparse.Namespace, model: nn.Module, teacher: Teacher | None, device: torch.device) -> Trainer:
+    amp_dtype = pick_amp(args, device)
+    mixup = None
+    if args.mixup > 0 or args.cutmix > 0:
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=args.num_classes,
+        )
+    groups = param_groups(model, args.weight_decay)
+    ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+    criterion = build_criterion(args, model, teacher, mixed_labels=mixup is not None).to(device)
+    if args.compile:
+        for module in (model, teacher):
+            if module is not None:
+                module.compile()
+    if dist.is_initialized():
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return Trainer(
+        model=model,
+        criterion=criterion,
+        optimizer=torch.optim.AdamW(groups, lr=args.lr, fused=True),
+        scaler=build_scaler(device, amp_dtype),
+        batch_transform=BatchTransform(device, args.reprob, args.remode),
+        device=device,
+        amp_dtype=amp_dtype,
+        mixup=mixup,
+        ema=ema,
+        clip_grad=args.clip_grad,
+        update_freq=args.update_freq,
+        seed=args.seed,
+        print_freq=args.print_freq,
+    )
+
+
+def build_scaler(device: torch.device, amp_dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """Only float16 needs its loss scaled; elsewhere the scale stays 1 and only the scaler's check
+    for gradients that are not finite is used."""
+    if amp_dtype == torch.float16:
+        return torch.amp.GradScaler(device.type)
+    never, unchanged = 2**31 - 1, 1 - 1e-12
+    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=never, backoff_factor=unchanged)
+
+
+def build_criterion(
+    args: argparse.Namespace, model: nn.Module, teacher: Teacher | None, mixed_labels: bool
+) -> nn.Module:
+    labels = SoftTargetCrossEntropy() if mixed_labels else LabelSmoothingCrossEntropy(args.smoothing)
+    has_aux_head = hasattr(model, "aux_head")
+    if args.dense:
+        return LabelLoss(labels)
+    if teacher is None:
+        predict = combine_heads if has_aux_head else None
+        return DiffPruningLoss(labels, model.keep_rates, args.ratio_weight, predict)
+    return DistillDiffPruningLoss(
+        teacher, labels, model.keep_rates, args.ratio_weight, args.distill_weight, mse_token=not has_aux_head
+    )
+
+
+def learning_rates(args: argparse.Namespace, epoch: int) -> dict[str, float]:
+    lr = args.lr * args.batch_size * args.update_freq * utils.get_world_size() / 512
+    if args.dense:
+        return dense_rates(lr, args.min_lr, epoch, args.epochs, args.warmup_epochs)
+    return dynamic_rates(lr, args.min_lr, epoch, args.epochs, args.warmup_epochs, args.backbone_lr_scale)
+
+
+def checkpoint_content(args: argparse.Namespace, trainer: Trainer, epochs_done: int, best: dict) -> dict:
+    return {
+        "model": unwrap(trainer.model).state_dict(),
+        "model_ema": trainer.ema.module.state_dict() if trainer.ema else None,
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "epoch": epochs_done,
+        "best": best,
+        "args": vars(args),
+    }
+
+
+def restore(trainer: Trainer, content: dict, path: Path) -> tuple[int, dict]:
+    """Puts a checkpoint's state into the trainer; returns the epochs done and the best epoch's record."""
+    if "optimizer" not in content or "best" not in content:
+        raise UserError(f"{path} holds weights only, no run to go on with; start from it with --pretrained")
+    load(unwrap(trainer.model), content)
+    if trainer.ema is not None:
+        load(trainer.ema.module, content, "model_ema" if content["model_ema"] else "model")
+    trainer.optimizer.load_state_dict(content["optimizer"])
+    trainer.scaler.load_state_dict(content["scaler"])
+    return content["epoch"], content["best"]
+
+
+def open_output(args: argparse.Namespace) -> SummaryWriter | None:
+    if not (args.output_dir and utils.is_main_process()):
+        return None
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        return SummaryWriter(args.output_dir)
+    except OSError as error:
+        raise UserError(f"cannot write to --output-dir {args.output_dir} ({error.strerror})") from error
+
+
+def write_record(writer: SummaryWriter, output_dir: Path, record: dict[str, float], pace: float) -> None:
+    """One line of log.txt and the same in TensorBoard, where the pace goes too: it differs from run to run."""
+    utils.append_json_line(output_dir / "log.txt", record)
+    for name, value in {**record, "train/images_per_second": pace}.items():
+        if name != "epoch":
+            writer.add_scalar(name, value, record["epoch"])
+    writer.flush()
+
+
+def print_summary(args: argparse.Namespace, model: nn.Module, dense_stats: dict | None, best: dict) -> None:
+    rows = []
+    dense_gflops = count_gflops(build_model(args, dense=True), args.input_size)
+    if dense_stats is not None:
+        rows.append(("dense", dense_gflops, dense_stats["top1"], dense_stats["top5"]))
+    kind = "dense" if args.dense else "dynamic"
+    gflops = dense_gflops if args.dense else count_gflops(model, args.input_size)
+    rows.append((f"{kind}, epoch {best['epoch']} (best)", gflops, best["val/top1"], best["val/top5"]))
+    if "val_ema/top1" in best:
+        rows.append((f"{kind}, moving average", gflops, best["val_ema/top1"], best["val_ema/top5"]))
+    log(f"\n{args.arch:<30}{'GFLOPs':>10}{'top-1 %':>10}{'top-5 %':>10}")
+    for name, *numbers in rows:
+        log(f"{name:<30}{numbers[0]:>10.3f}{numbers[1]:>10.2f}{numbers[2]:>10.2f}")
+
+
+def run(argv: list[str] | None = None) -> int:
+    """main, with what users can mend said in one line. Returns the exit status."""
+    try:
+        main(parse_args(argv))
+        return 0
+    except (UserError, CheckpointError) as error:
+        utils.print_error(error)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

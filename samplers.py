@@ -1,0 +1,54 @@
+"""Which images a process sees, and in what order."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
+
+from utils import derive_seed
+
+
+class TrainSampler(Sampler):
+    """One process's share of an epoch, shuffled, as (index, seed of its augmentation).
+
+    Order and seeds depend on (seed, epoch, position) alone, so an epoch can begin anywhere in it.
+    num_repeats > 1 is DeiT's repeated augmentation: the same images in several processes or
+    batches, each time augmented anew.
+    """
+
+    def __init__(self, dataset: Dataset, rank: int, world_size: int, seed: int, num_repeats: int = 1) -> None:
+        kwargs = {"num_replicas": world_size, "rank": rank, "shuffle": True}
+        if num_repeats > 1:
+            self.order = RepeatAugSampler(dataset, num_repeats=num_repeats, **kwargs)
+        else:
+            self.order = DistributedSampler(dataset, **kwargs)
+        self.rank = rank
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """start: how many of this process's images to leave out at the beginning of the epoch."""
+        self.epoch = epoch
+        self.start = start
+        self.order.set_epoch(derive_seed(self.seed, epoch))
+
+    def __len__(self) -> int:
+        return len(self.order) - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position, index in enumerate(islice(iter(self.order), self.start, None), self.start):
+            yield index, derive_seed(self.seed, self.epoch, self.rank, position)
+
+
+class ShardSampler(Sampler):
+    """Every world_size-th image, none twice: shards differ in length by at most one."""
+
+    def __init__(self, dataset: Dataset, rank: int, world_size: int) -> None:
+        self.indices = range(rank, len(dataset), world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
