@@ -1,19 +1,29 @@
-# Both main targets set up .venv once; a second call skips the installation.
+# `make demo` and `make test` set up .venv once; a second call skips the installation.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test lint clean
 
-test: .venv/dev
+demo: .venv/installed
+	$(BIN)/python -m tools.demo
+
+test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
-lint: .venv/dev
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
-.venv/dev: requirements.txt requirements-dev.txt
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt requirements.txt | .venv/bin/python
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf .venv logs
+	rm -rf .venv

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from optim import set_rates
 from utils import Eta, UserError, derive_seed, get_rank, get_world_size, log, set_seed, sum_over_processes
 
 MAX_BAD_STEPS = 20  # in a row, before a run gives up
@@ -29,6 +31,7 @@ class Trainer:
     batch_transform: Callable[[Tensor], Tensor]
     device: torch.device
     amp_dtype: torch.dtype | None
+    schedule: Callable[[float], dict[str, float]]  # epochs done, with a fraction -> learning rate by group name
     mixup: Mixup | None = None
     ema: ModelEmaV3 | None = None
     clip_grad: float | None = None
@@ -42,18 +45,22 @@ def train_one_epoch(
     trainer: Trainer,
     loader: Iterable,
     epoch: int,
-    total_steps: int,
+    steps: range,
     eta: Eta,
+    sums: "RunningMeans",
+    after_step: Callable[[int], None],
 ) -> tuple[dict[str, float], float]:
     """Returns the means of the loss and its parts, and the pace in images/s, over all processes.
 
     loader: batches of (B, 3, H, W) uint8 images and (B,) labels, of which update_freq make a step.
+    steps: the ones to do, from 0 unless the epoch was begun before; sums are then those of its
+    beginning. after_step gets the number of the epoch's steps that are done.
     """
     trainer.model.train()
-    sums = RunningMeans(trainer.device)
-    started, images_seen = time.monotonic(), 0
+    started, images_seen, pace = time.monotonic(), 0, 0.0
     batches = iter(loader)
-    for step in range(total_steps):
+    for step in steps:
+        set_rates(trainer.optimizer, trainer.schedule(epoch + step / steps.stop))
         for micro_step in range(trainer.update_freq):
             images, labels = next(batches)
             images_seen += len(images)
@@ -64,10 +71,11 @@ def train_one_epoch(
         sums.update({"bad_steps": update_weights(trainer)})
         eta.advance()
         done = step + 1
-        if done % trainer.print_freq == 0 or done == total_steps:
+        if done % trainer.print_freq == 0 or done == steps.stop:
             stop_if_diverged(trainer)
             pace = images_seen * get_world_size() / (time.monotonic() - started)
-            log(f"epoch {epoch}  step {done}/{total_steps}  {sums}  {pace:.0f} images/s  ETA {eta}")
+            log(f"epoch {epoch}  step {done}/{steps.stop}  {sums}  {pace:.0f} images/s  ETA {eta}")
+        after_step(done)
     return sums.means(), pace
 
 
@@ -167,6 +175,20 @@ class RunningMeans:
 
     def __str__(self) -> str:
         return "  ".join(f"{name} {value.item() / self.counts[name]:.4g}" for name, value in self.sums.items())
+
+    def gather(self) -> list[dict]:
+        """Every process's state, for load()."""
+        states = [None] * get_world_size()
+        mine = {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": self.counts}
+        if dist.is_initialized():
+            dist.all_gather_object(states, mine)
+        else:
+            states = [mine]
+        return states
+
+    def load(self, state: dict) -> None:
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
 
     def means(self) -> dict[str, float]:
         """Over all processes."""

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import utils
+from checkpoints import BEST, LAST, CheckpointWriter, read_run, restore, run_state
 from datasets import DATA_SETS, AugmentedDataset, BatchTransform, build_dataset
-from engine import Trainer, evaluate, train_one_epoch, unwrap
+from engine import RunningMeans, Trainer, evaluate, train_one_epoch
 from flops import count_gflops
 from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
 from models import (
@@ -29,17 +31,11 @@ from models import (
     load_weights,
     read_checkpoint,
 )
-from optim import dense_rates, dynamic_rates, param_groups, set_rates
+from optim import dense_rates, dynamic_rates, param_groups
 from samplers import ShardSampler, TrainSampler
 from utils import UserError, log
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
-# Arguments that a run may be resumed with other values of: they do not change what it learns.
-MAY_CHANGE = {
-    *("resume", "eval", "dist_eval", "output_dir", "data_path", "pretrained"),
-    *("device", "num_workers", "print_freq", "num_classes"),
-}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=int, default=0)
     add("--print-freq", type=int, default=50, help="steps between progress lines")
+    add("--save-freq", type=int, default=0, help="steps between checkpoints (default: one an epoch)")
 
     add("--epochs", type=int, default=30)
     add("--batch-size", type=int, default=64, help="images for each process and forward pass")
@@ -79,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=5e-4, help="for 512 images a step; scales with them")
     add("--min-lr", type=float, default=1e-5)
     add("--backbone-lr-scale", type=float, default=0.01, help="the backbone's largest share of the learning rate")
-    add("--warmup-epochs", type=int, default=5, help="epochs with the backbone frozen (dense: of linear warm-up)")
+    add("--warmup-epochs", type=float, default=5, help="epochs with the backbone frozen (dense: of linear warm-up)")
     add("--weight-decay", type=float, default=0.05)
     add("--clip-grad", type=float, help="largest gradient norm")
     add("--model-ema", action=flag, default=True, help="also keep and evaluate the weights' moving average")
@@ -116,24 +113,27 @@ def dashed(argv: list[str]) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     device = utils.pick_device(args.device)
     check_args(args)
-    resume_from = find_checkpoint(args)
     utils.init_distributed(device)
     utils.set_seed(args.seed)
+    earlier = read_run(args)
 
     val_set = build_dataset(train=False, args=args)
     train_set = None if args.eval else build_dataset(train=True, args=args)
     args.num_classes = args.num_classes or len(val_set.source.classes)
-    model, teacher = build_models(args, load_student=not (args.eval and resume_from))
+    model, teacher = build_models(args, load_student=not (args.eval and earlier))
     model.to(device)
     val_loader = build_val_loader(val_set, args)
     describe(args, model, train_set, val_set, device)
 
     if args.eval:
-        if resume_from:
-            load(model, read_checkpoint(resume_from))
+        if earlier:
+            load_weights(model, find_weights(earlier))
         report_accuracy("evaluated", run_evaluation(args, model, val_loader, device))
+        if earlier and earlier.get("model_ema"):
+            load_weights(model, find_weights({"model": earlier["model_ema"]}))
+            report_accuracy("moving average", run_evaluation(args, model, val_loader, device))
         return
-    train(args, model, teacher, train_set, val_loader, device, resume_from)
+    train(args, model, teacher, train_set, val_loader, device, earlier)
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -147,31 +147,6 @@ def check_args(args: argparse.Namespace) -> None:
         )
     if args.dense and args.distill:
         raise UserError("--distill teaches a dynamic model; leave it out with --dense")
-
-
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The file to go on from. An earlier run in --output-dir is gone on with or left alone, never overwritten."""
-    last = Path(args.output_dir) / LAST if args.output_dir else None
-    held = last is not None and last.is_file()
-    if args.resume not in ("auto", "none"):
-        path = Path(args.resume)
-        if held and not args.eval and path.resolve().parent != last.resolve().parent:
-            raise UserError(f"{args.output_dir} holds another run; choose another --output-dir for this one")
-        return path
-    if not held or (args.eval and args.resume == "none"):
-        return None
-    if args.resume == "none":
-        raise UserError(f"{args.output_dir} holds an earlier run; choose another --output-dir, or --resume auto")
-    if not args.eval:
-        earlier = read_checkpoint(last).get("args", {})
-        changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and earlier.get(k, v) != v]
-        if changed:
-            changes = ", ".join(f"--{k.replace('_', '-')} {earlier[k]} -> {getattr(args, k)}" for k in changed)
-            raise UserError(
-                f"{args.output_dir} holds a run of other arguments ({changes}); "
-                f"choose another --output-dir, or go on from it with --resume {last}"
-            )
-    return last
 
 
 def build_models(args: argparse.Namespace, load_student: bool) -> tuple[nn.Module, Teacher | None]:
@@ -239,6 +214,7 @@ def loader_options(args: argparse.Namespace) -> dict:
     return {
         "num_workers": args.num_workers,
         "persistent_workers": args.num_workers > 0,
+        "worker_init_fn": utils.ignore_stop_signals,
         "pin_memory": utils.pick_device(args.device).type == "cuda",
     }
 
@@ -284,10 +260,6 @@ def pick_amp(args: argparse.Namespace, device: torch.device) -> torch.dtype | No
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
-def load(model: nn.Module, content: dict, key: str = "model") -> None:
-    load_weights(model, find_weights({"model": content[key]} if key in content else content))
-
-
 def run_evaluation(
     args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, device: torch.device
 ) -> dict[str, float]:
@@ -308,42 +280,75 @@ def train(
     train_set: AugmentedDataset,
     val_loader: DataLoader,
     device: torch.device,
-    resume_from: Path | None,
+    earlier: dict | None,
 ) -> None:
-    """The epoch loop, with what it leaves in --output-dir."""
+    """The epoch loop, with what it leaves in --output-dir; goes on from the checkpoint `earlier`."""
     loader, steps_per_epoch = build_train_loader(train_set, args)
     trainer = build_trainer(args, model, teacher, device)
-    start_epoch, best = 0, {}
-    if resume_from:
-        start_epoch, best = restore(trainer, read_checkpoint(resume_from), resume_from)
-        log(f"resumed from {resume_from}: {start_epoch} of {args.epochs} epochs are done")
-    writer = open_output(args)
-    dense_stats = None
-    if teacher is not None:
-        dense_stats = run_evaluation(args, teacher.vit, val_loader, device)
-        report_accuracy("dense teacher", dense_stats)
+    sums, progress = RunningMeans(device), {"epoch": 0, "images": 0, "history": [], "dense": None}
+    if earlier:
+        sums = restore(trainer, earlier)
+        progress = {key: earlier[key] for key in progress}
+    step_images = args.batch_size * args.update_freq * utils.get_world_size()
+    first_step = progress["images"] // step_images
+    if earlier:
+        log(f"resumed at epoch {progress['epoch']}, step {first_step}")
+    output = Output(args, progress)
+    if teacher is not None and progress["dense"] is None:
+        progress["dense"] = run_evaluation(args, teacher.vit, val_loader, device)
+        report_accuracy("dense teacher", progress["dense"])
+    stop = utils.StopSignal()
 
-    eta = utils.Eta((args.epochs - start_epoch) * steps_per_epoch)
-    for epoch in range(start_epoch, args.epochs):
-        rates = learning_rates(args, epoch)
-        set_rates(trainer.optimizer, rates)
-        loader.sampler.set_epoch(epoch)
-        train_stats, pace = train_one_epoch(trainer, loader, epoch, steps_per_epoch, eta)
-        record = {"epoch": epoch, **{f"lr/{name}": rate for name, rate in rates.items()}}
-        record |= {f"train/{name}": value for name, value in train_stats.items()}
-        for name, weights in (("val", model), ("val_ema", trainer.ema and trainer.ema.module)):
-            if weights is not None:
-                stats = run_evaluation(args, weights, val_loader, device)
-                report_accuracy(f"epoch {epoch} {name}", stats)
-                record |= {f"{name}/{key}": value for key, value in stats.items()}
-        is_best = record["val/top1"] > best.get("val/top1", -1)
-        best = record if is_best else best
-        if utils.is_main_process() and args.output_dir:
-            write_record(writer, Path(args.output_dir), record, pace)
-            content = checkpoint_content(args, trainer, epoch + 1, best)
-            for name in (LAST, BEST) if is_best else (LAST,):
-                utils.save_checkpoint(content, Path(args.output_dir) / name)
-    print_summary(args, model, dense_stats, best)
+    def save(names: tuple[str, ...] = (LAST,)) -> None:
+        output.save({**run_state(trainer, sums), **progress, "args": vars(args)}, names)
+
+    def after_step(done: int) -> None:
+        progress["images"] = done * step_images
+        stopping = stop.received()
+        if stopping or done == steps_per_epoch or (args.save_freq and done % args.save_freq == 0):
+            save()
+        if stopping:
+            raise Stopped(f"{stop.name or 'a signal'} received: saved at epoch {progress['epoch']}, step {done}")
+
+    eta = utils.Eta((args.epochs - progress["epoch"]) * steps_per_epoch - first_step)
+    try:
+        for epoch in range(progress["epoch"], args.epochs):
+            loader.sampler.set_epoch(epoch, start=first_step * args.batch_size * args.update_freq)
+            steps = range(first_step, steps_per_epoch)
+            train_stats, pace = train_one_epoch(trainer, loader, epoch, steps, eta, sums, after_step)
+            record = {"epoch": epoch}
+            record |= {f"lr/{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
+            record |= {f"train/{name}": value for name, value in train_stats.items()}
+            record |= validate(args, model, trainer.ema, val_loader, device, epoch)
+            is_best = record["val/top1"] > max((r["val/top1"] for r in progress["history"]), default=-1)
+            progress["history"].append(record)
+            first_step, sums = 0, RunningMeans(device)
+            progress |= {"epoch": epoch + 1, "images": 0}
+            save((LAST, BEST) if is_best else (LAST,))
+            output.write_epoch(progress["history"], pace)
+            if stop.received():
+                raise Stopped(f"{stop.name or 'a signal'} received: saved after epoch {epoch}")
+    finally:
+        output.close()
+    print_summary(args, model, progress)
+
+
+def validate(
+    args: argparse.Namespace,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    val_loader: DataLoader,
+    device: torch.device,
+    epoch: int,
+) -> dict[str, float]:
+    """Accuracy of the weights and of their moving average, as entries of the epoch's record."""
+    record = {}
+    for name, weights in (("val", model), ("val_ema", ema.module if ema else None)):
+        if weights is not None:
+            stats = run_evaluation(args, weights, val_loader, device)
+            report_accuracy(f"epoch {epoch} {name}", stats)
+            record |= {f"{name}/{key}": value for key, value in stats.items()}
+    return record
 
 
 def build_train_loader(train_set: AugmentedDataset, args: argparse.Namespace) -> tuple[DataLoader, int]:
@@ -389,6 +394,7 @@ def build_trainer(args: argparse.Namespace, model: nn.Module, teacher: Teacher |
         batch_transform=BatchTransform(device, args.reprob, args.remode),
         device=device,
         amp_dtype=amp_dtype,
+        schedule=partial(learning_rates, args),
         mixup=mixup,
         ema=ema,
         clip_grad=args.clip_grad,
@@ -422,63 +428,62 @@ def build_criterion(
     )
 
 
-def learning_rates(args: argparse.Namespace, epoch: int) -> dict[str, float]:
+def learning_rates(args: argparse.Namespace, epoch: float) -> dict[str, float]:
     lr = args.lr * args.batch_size * args.update_freq * utils.get_world_size() / 512
     if args.dense:
         return dense_rates(lr, args.min_lr, epoch, args.epochs, args.warmup_epochs)
     return dynamic_rates(lr, args.min_lr, epoch, args.epochs, args.warmup_epochs, args.backbone_lr_scale)
 
 
-def checkpoint_content(args: argparse.Namespace, trainer: Trainer, epochs_done: int, best: dict) -> dict:
-    return {
-        "model": unwrap(trainer.model).state_dict(),
-        "model_ema": trainer.ema.module.state_dict() if trainer.ema else None,
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "epoch": epochs_done,
-        "best": best,
-        "args": vars(args),
-    }
+class Output:
+    """What rank 0 writes into --output-dir; elsewhere, and without one, nothing."""
+
+    def __init__(self, args: argparse.Namespace, progress: dict) -> None:
+        self.folder = Path(args.output_dir)
+        self.active = bool(args.output_dir) and utils.is_main_process()
+        if not self.active:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints = CheckpointWriter(self.folder)
+            self.events = SummaryWriter(args.output_dir, purge_step=progress["epoch"])
+            self.write_log(progress["history"])
+        except OSError as error:
+            raise UserError(f"cannot write to --output-dir {args.output_dir} ({error.strerror})") from error
+
+    def save(self, content: dict, names: tuple[str, ...]) -> None:
+        if self.active:
+            self.checkpoints.save(content, names)
+
+    def write_log(self, history: list[dict]) -> None:
+        # written anew from the checkpoint's history, so that a run killed in between leaves no line twice
+        utils.write_json_lines(self.folder / "log.txt", history)
+
+    def write_epoch(self, history: list[dict], pace: float) -> None:
+        """log.txt, and the same in TensorBoard with the pace, which differs from run to run."""
+        if not self.active:
+            return
+        self.write_log(history)
+        record = {**history[-1], "train/images_per_second": pace}
+        for name, value in record.items():
+            if name != "epoch":
+                self.events.add_scalar(name, value, record["epoch"])
+        self.events.flush()
+
+    def close(self) -> None:
+        if self.active:
+            self.events.close()
+            self.checkpoints.wait()
 
 
-def restore(trainer: Trainer, content: dict, path: Path) -> tuple[int, dict]:
-    """Puts a checkpoint's state into the trainer; returns the epochs done and the best epoch's record."""
-    if "optimizer" not in content or "best" not in content:
-        raise UserError(f"{path} holds weights only, no run to go on with; start from it with --pretrained")
-    load(unwrap(trainer.model), content)
-    if trainer.ema is not None:
-        load(trainer.ema.module, content, "model_ema" if content["model_ema"] else "model")
-    trainer.optimizer.load_state_dict(content["optimizer"])
-    trainer.scaler.load_state_dict(content["scaler"])
-    return content["epoch"], content["best"]
-
-
-def open_output(args: argparse.Namespace) -> SummaryWriter | None:
-    if not (args.output_dir and utils.is_main_process()):
-        return None
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        return SummaryWriter(args.output_dir)
-    except OSError as error:
-        raise UserError(f"cannot write to --output-dir {args.output_dir} ({error.strerror})") from error
-
-
-def write_record(writer: SummaryWriter, output_dir: Path, record: dict[str, float], pace: float) -> None:
-    """One line of log.txt and the same in TensorBoard, where the pace goes too: it differs from run to run."""
-    utils.append_json_line(output_dir / "log.txt", record)
-    for name, value in {**record, "train/images_per_second": pace}.items():
-        if name != "epoch":
-            writer.add_scalar(name, value, record["epoch"])
-    writer.flush()
-
-
-def print_summary(args: argparse.Namespace, model: nn.Module, dense_stats: dict | None, best: dict) -> None:
-    rows = []
-    dense_gflops = count_gflops(build_model(args, dense=True), args.input_size)
-    if dense_stats is not None:
-        rows.append(("dense", dense_gflops, dense_stats["top1"], dense_stats["top5"]))
+def print_summary(args: argparse.Namespace, model: nn.Module, progress: dict) -> None:
+    best = max(progress["history"], key=lambda record: record["val/top1"])
     kind = "dense" if args.dense else "dynamic"
+    dense_gflops = count_gflops(build_model(args, dense=True), args.input_size)
     gflops = dense_gflops if args.dense else count_gflops(model, args.input_size)
+    rows = []
+    if progress["dense"]:
+        rows.append(("dense", dense_gflops, progress["dense"]["top1"], progress["dense"]["top5"]))
     rows.append((f"{kind}, epoch {best['epoch']} (best)", gflops, best["val/top1"], best["val/top5"]))
     if "val_ema/top1" in best:
         rows.append((f"{kind}, moving average", gflops, best["val_ema/top1"], best["val_ema/top5"]))
@@ -487,10 +492,17 @@ def print_summary(args: argparse.Namespace, model: nn.Module, dense_stats: dict 
         log(f"{name:<30}{numbers[0]:>10.3f}{numbers[1]:>10.2f}{numbers[2]:>10.2f}")
 
 
+class Stopped(Exception):
+    """A signal has ended the run, and all of it is saved."""
+
+
 def run(argv: list[str] | None = None) -> int:
     """main, with what users can mend said in one line. Returns the exit status."""
     try:
         main(parse_args(argv))
+        return 0
+    except Stopped as stopped:
+        log(f"{stopped}; the same command goes on from there")
         return 0
     except (UserError, CheckpointError) as error:
         utils.print_error(error)

@@ -39,19 +39,20 @@ def cosine(lr: float, min_lr: float, epoch: float, epochs: int) -> float:
 
 
 def dynamic_rates(
-    lr: float, min_lr: float, epoch: int, epochs: int, warmup_epochs: int, backbone_scale: float
+    lr: float, min_lr: float, epoch: float, epochs: int, warmup_epochs: int, backbone_scale: float
 ) -> dict[str, float]:
-    """The published schedule: predictors by cosine; the backbone not at all for the first epochs,
-    while the predictors are no better than chance, then hardly."""
+    """The published schedule, constant within an epoch: predictors by cosine; the backbone not at
+    all for the first epochs, while the predictors are no better than chance, then hardly."""
+    epoch = math.floor(epoch)
     predictor = cosine(lr, min_lr, epoch, epochs)
     backbone = 0.0 if epoch < warmup_epochs else min(backbone_scale * lr, predictor)
     return {PREDICTOR: predictor, BACKBONE: backbone}
 
 
-def dense_rates(lr: float, min_lr: float, epoch: float, epochs: int, warmup_epochs: int) -> dict[str, float]:
-    """DeiT's schedule for a backbone from scratch: linear warm-up, then cosine."""
+def dense_rates(lr: float, min_lr: float, epoch: float, epochs: int, warmup_epochs: float) -> dict[str, float]:
+    """For a backbone alone: linear warm-up, then cosine, step by step."""
     if epoch < warmup_epochs:
-        return {BACKBONE: lr * (epoch + 1) / (warmup_epochs + 1)}
+        return {BACKBONE: min_lr + (lr - min_lr) * epoch / warmup_epochs}
     return {BACKBONE: cosine(lr, min_lr, epoch, epochs)}
 
 

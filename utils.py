@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class UserError(Exception):
@@ -88,23 +91,40 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def save_checkpoint(content: dict, path: Path) -> None:
-    """Writes aside and renames, so that path is whole at any moment, even when the disk is full."""
+def write_json_lines(path: Path, records: list[dict]) -> None:
+    """Replaces the file by one line a record; whole at any moment."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}); what it held before is untouched") from error
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(temporary, path)
 
 
-def append_json_line(path: Path, record: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+class StopSignal:
+    """Notes SIGTERM, SIGINT or SIGUSR1, for the training loop to end at a step that all processes agree on."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        # NCCL would need the GPU to be waited for
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def received(self) -> bool:
+        """Whether any process has got one. Collective: call it in all of them."""
+        if self.group is None:
+            return self.name is not None
+        flag = torch.tensor(int(self.name is not None))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+
+def ignore_stop_signals(_worker: int) -> None:
+    """For loader processes: their trainer ends them, after it has saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Eta:

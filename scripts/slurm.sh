@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Two nodes of eight GPUs under Slurm, surviving preemption: sbatch scripts/slurm.sh
+#SBATCH --job-name=dynamicvit
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --output=logs/slurm-%j.out
+set -eu
+
+# Slurm's SIGTERM makes every process save and stop; the requeued job resumes by itself (--resume auto).
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun .venv/bin/torchrun \
+  --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=3 \
+  --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29400" \
+  main_dynamic_vit.py --arch deit_small --distill --base_rate 0.7 --epochs 30 \
+  --batch-size 48 --dist-eval --data-path "${DATA:-/path/to/ILSVRC2012}" \
+  --output_dir "logs/dynamic-vit_deit-small"

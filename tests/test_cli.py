@@ -1,0 +1,225 @@
+"""The command line as its users call it: real processes, real files."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MAIN, PRUNING, TINY_MODEL, TINY_RUN, launch, run_main, write_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from main_dynamic_vit import run
+from models import read_checkpoint
+
+
+def distill(image_folder: Path, dense_run: Path) -> list[str]:
+    return [
+        *TINY_RUN,
+        *PRUNING,
+        *("--distill", "--dist_eval", "--pretrained", str(dense_run / "checkpoint_best.pth")),
+        *("--data_path", str(image_folder)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def dynamic_run(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dense_run: Path) -> Path:
+    output = tmp_path_factory.mktemp("dynamic") / "run"
+    result = run_main(*distill(image_folder, dense_run), "--output_dir", output)
+    assert result.returncode == 0, result.stderr
+    assert "ETA" in result.stdout and "GFLOPs" in result.stdout
+    return output
+
+
+def test_run_leaves_checkpoints_log_and_events(dynamic_run: Path) -> None:
+    last = read_checkpoint(dynamic_run / "checkpoint_last.pth")
+    assert last["epoch"] == 2 and last["args"]["arch"] == "deit_tiny"
+    assert set(last["model"]) == set(last["model_ema"])
+    assert last["optimizer"]["state"] and "scale" in last["scaler"]
+    best = read_checkpoint(dynamic_run / "checkpoint_best.pth")
+    lines = [json.loads(line) for line in (dynamic_run / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert all(line["val/images"] == 7 for line in lines)
+    top1 = [line["val/top1"] for line in lines]
+    assert best["history"][-1]["val/top1"] == max(top1)
+
+    events = EventAccumulator(str(dynamic_run)).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/cls", "train/ratio", "train/cls_kl", "train/token"} <= scalars
+    assert {"train/kept_0", "train/kept_1", "train/kept_2", "train/images_per_second"} <= scalars
+    assert {"lr/predictor", "lr/backbone", "val/top1", "val/top5", "val_ema/top1"} <= scalars
+    assert [event.step for event in events.Scalars("val/top1")] == [0, 1]
+    assert [event.value for event in events.Scalars("val/top1")] == pytest.approx(top1)
+    # 4 images, 1 process: 5e-4 * 4 / 512 for the predictors; the backbone waits for one epoch
+    assert lines[0]["lr/predictor"] == pytest.approx(5e-4 * 4 / 512)
+    assert lines[0]["lr/backbone"] == 0 < lines[1]["lr/backbone"]
+
+
+def test_same_command_same_log_and_weights(
+    dynamic_run: Path, image_folder: Path, dense_run: Path, tmp_path: Path
+) -> None:
+    """To the digit, and however many loader processes there are."""
+    result = run_main(*distill(image_folder, dense_run), "--output-dir", tmp_path, "--num-workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "log.txt").read_text() == (dynamic_run / "log.txt").read_text()
+    again, before = (read_checkpoint(run / "checkpoint_last.pth")["model"] for run in (tmp_path, dynamic_run))
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_eval_counts_each_image_once_in_two_processes(dynamic_run: Path, image_folder: Path, dense_run: Path) -> None:
+    """7 images do not divide by 2, nor into batches of 4."""
+    args = [*distill(image_folder, dense_run), "--eval", "--resume", str(dynamic_run / "checkpoint_last.pth")]
+    alone = run_main(*args)
+    launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
+    together = launch([*launcher, "--master_port=29611", str(MAIN), *args])
+    assert alone.returncode == together.returncode == 0, together.stderr
+    line = next(line for line in alone.stdout.splitlines() if line.startswith("evaluated"))
+    assert "on 7 images" in line
+    assert together.stdout.count(line) == 1
+
+
+@pytest.mark.parametrize(
+    "launcher", [["torch.distributed.launch", "--use_env"], ["torch.distributed.run"]], ids=["launch", "torchrun"]
+)
+def test_trains_in_two_processes(launcher: list[str], image_folder: Path, dense_run: Path, tmp_path: Path) -> None:
+    module, *options = launcher
+    command = [sys.executable, "-m", module, "--nproc_per_node=2", "--master_port=29612", *options, str(MAIN)]
+    result = launch([*command, *distill(image_folder, dense_run), "--output_dir", str(tmp_path)])
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines[0]["lr/predictor"] == pytest.approx(5e-4 * 4 * 2 / 512)
+    assert all(line["val/images"] == 7 for line in lines)
+    assert result.stdout.count("dense teacher") == 1
+
+
+def test_lvvit_without_distillation(image_folder: Path, tmp_path: Path) -> None:
+    sizes = [word if word != "deit_tiny" else "lvvit_s" for word in TINY_RUN]
+    dense = run_main(*sizes, "--dense", "--data-path", image_folder, "--output-dir", tmp_path / "dense")
+    assert dense.returncode == 0, dense.stderr
+    weights = tmp_path / "dense" / "checkpoint_best.pth"
+    result = run_main(*sizes, *PRUNING, "--data-path", image_folder, "--pretrained", weights)
+    assert result.returncode == 0, result.stderr
+    assert "kept_2" in result.stdout and "cls_kl" not in result.stdout
+
+
+def test_part_of_imagenet_takes_imagenet_labels(tmp_path: Path) -> None:
+    """Two WordNet ids, the 1000-way model's own indices; as many classes as folders when asked for."""
+    for wnid in ("n01443537", "n15075141"):
+        write_images(tmp_path / "train" / wnid, 8)
+        write_images(tmp_path / "val" / wnid, 2)
+    common = [*TINY_RUN, "--epochs", "1", "--dense", "--data-path", tmp_path]
+    assert ", 1000 classes" in run_main(*common).stdout
+    assert ", 2 classes" in run_main(*common, "--num-classes", "2").stdout
+
+
+def test_new_head_for_dense_fine_tuning(image_folder: Path, dense_run: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_images(tmp_path / "train" / name, 4)
+        write_images(tmp_path / "val" / name, 1)
+    weights = dense_run / "checkpoint_best.pth"
+    result = run_main(*TINY_RUN, "--dense", "--data-path", tmp_path, "--pretrained", weights)
+    assert result.returncode == 0, result.stderr
+    assert "new head for 3 classes" in result.stdout
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture):
+    """Asserts one line that says what is wrong and what to do, and an exit status other than 0.
+
+    In this process, as starting one takes seconds; test_error_ends_a_real_process has a real one.
+    """
+
+    def check(args: list, *expected: str) -> None:
+        assert run([str(arg) for arg in args]) == 2
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        for text in expected:
+            assert text in lines[0], lines[0]
+
+    return check
+
+
+def test_error_ends_a_real_process() -> None:
+    """Said once, by one of two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
+    result = launch([*launcher, str(MAIN), "--arch", "deit_huge", "--data-set", "SHAPES", "--device", "cpu"])
+    assert result.returncode != 0
+    assert result.stderr.count("error: unknown arch 'deit_huge'") == 1
+    assert 'main_dynamic_vit.py", line' not in result.stderr
+
+
+class TestBadInput:
+    def test_data_folder(self, refused, tmp_path: Path) -> None:
+        train = [*TINY_RUN, "--dense", "--data-path"]
+        refused([*train, tmp_path / "nowhere"], "no data folder", "nowhere", "--data-path")
+        refused([*train, tmp_path], "no folder", "val", "layout")
+        (tmp_path / "train").mkdir()
+        (tmp_path / "val").mkdir()
+        refused([*train, tmp_path], "no class folders")
+        (tmp_path / "train" / "cats").mkdir()
+        (tmp_path / "val" / "cats").mkdir()
+        refused([*train, tmp_path], "no images found")
+
+    @pytest.mark.parametrize("workers", ["0", "2"])
+    def test_unreadable_image_is_named(self, refused, tmp_path: Path, workers: str) -> None:
+        write_images(tmp_path / "train" / "cats", 8)
+        write_images(tmp_path / "val" / "cats", 2)
+        broken = tmp_path / "val" / "cats" / "1.jpg"
+        broken.write_bytes(broken.read_bytes()[:300])
+        args = [*TINY_RUN, "--dense", "--data-path", tmp_path, "--num-workers", workers]
+        refused(args, "cannot read image", str(broken))
+
+    def test_classes_that_do_not_fit_the_weights(self, refused, tmp_path: Path, dense_run: Path) -> None:
+        for name in ("a", "b", "c"):
+            write_images(tmp_path / "train" / name, 4)
+            write_images(tmp_path / "val" / name, 1)
+        weights = dense_run / "checkpoint_best.pth"
+        args = [*TINY_RUN, *PRUNING, "--distill", "--data-path", tmp_path, "--pretrained", weights]
+        refused(args, "2 classes", "3", "--dense")
+
+    @pytest.mark.parametrize(
+        ("args", "expected"),
+        [
+            (["--arch", "deit_huge"], ["deit_huge", "deit_small", "lvvit_m"]),
+            (["--base_rate", "0"], ["keep rates", "(0, 1]"]),
+            (["--base-rate", "1.2"], ["keep rates", "(0, 1]"]),
+            (["--input-size", "30"], ["patch size 8", "30"]),
+            (["--pruning-loc", "1", "2", "9"], ["0..3", "9"]),
+            (["--batch-size", "64"], ["64", "20", "smaller"]),
+            (["--batch-size", "5"], ["even"]),
+            (["--epochs", "0"], ["--epochs", "positive"]),
+        ],
+        ids=lambda value: value[0].strip("-") if isinstance(value, list) else None,
+    )
+    def test_arguments(
+        self, refused, args: list[str], expected: list[str], image_folder: Path, dense_run: Path
+    ) -> None:
+        refused([*distill(image_folder, dense_run), *args], *expected)
+
+    def test_missing_weights(self, refused, image_folder: Path) -> None:
+        args = [
+            *TINY_MODEL,
+            *PRUNING,
+            "--arch",
+            "deit_base",
+            "--data-path",
+            image_folder,
+            "--distill",
+            "--num-classes",
+            "2",
+        ]
+        refused(args, "sh download_pretrain.sh deit_base", "--pretrained")
+
+    def test_resume_of_no_checkpoint(self, refused, image_folder: Path, dense_run: Path, tmp_path: Path) -> None:
+        nonsense = tmp_path / "nonsense.pth"
+        nonsense.write_text("not a checkpoint")
+        args = distill(image_folder, dense_run)
+        refused([*args, "--resume", nonsense], "nonsense.pth", "not a checkpoint")
+        refused([*args, "--resume", tmp_path / "none.pth"], "no such file", "none.pth")
+
+    def test_earlier_run_is_left_alone(self, refused, image_folder: Path, dense_run: Path) -> None:
+        before = {path: path.read_bytes() for path in dense_run.iterdir()}
+        args = [*TINY_RUN, "--dense", "--data-path", image_folder, "--output-dir", dense_run]
+        refused([*args, "--lr", "1"], "--lr 0.0005 -> 1.0", "--output-dir")
+        refused([*args, "--resume", "none"], "holds an earlier run")
+        assert {path: path.read_bytes() for path in dense_run.iterdir()} == before

@@ -1,0 +1,264 @@
+"""Who learns how fast, from which images and labels: against the formulas of the paper and of DeiT."""
+
+import argparse
+import math
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import main_dynamic_vit as main
+import utils
+from engine import Trainer, accumulate_gradients, unwrap, update_weights
+from models import Teacher, create_model
+from optim import BACKBONE, PREDICTOR, dense_rates, dynamic_rates, param_groups, set_rates
+
+TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
+KINDS = ("deit_small", "lvvit_s")
+# What was published for deit_small: 8 processes with 96 images each.
+LR, MIN_LR, EPOCHS, WARMUP = 5e-4 * 96 * 8 / 512, 1e-5, 30, 5
+
+
+def build(arch: str, dense: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(arch, dense=dense, pruning_loc=(1, 2), keep_rates=(0.7, 0.5), **TINY)
+
+
+def build_trainer(arch: str = "deit_small", *flags: str) -> Trainer:
+    """As the command line does it, without random erasing."""
+    args = parse("--distill", "--reprob", "0", "--num-classes", "4", "--amp", "off", *flags)
+    return main.build_trainer(args, build(arch), Teacher(build(arch, dense=True)), torch.device("cpu"))
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    return main.parse_args(list(flags))
+
+
+def random_batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return images, torch.tensor([0, 1, 2, 3])
+
+
+def step(trainer: Trainer, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    accumulate_gradients(trainer, *random_batch(seed), last=True)
+    assert update_weights(trainer) == 0
+
+
+# --- Parameter groups
+
+
+def grouped_names(model: nn.Module, groups: list[dict]) -> dict[tuple[str, float], set[str]]:
+    """Names by (group, weight decay)."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {(g["name"], g["weight_decay"]): {names[parameter] for parameter in g["params"]} for g in groups}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_of_a_dynamic_model(kind: str) -> None:
+    model = build(kind)
+    groups = grouped_names(model, param_groups(model, weight_decay=0.05))
+    everything = {name for name, _ in model.named_parameters()}
+    predictors = {name for name in everything if name.startswith("score_predictor.")}
+    matrices = {"patch_embed.proj.weight", "head.weight"}
+    matrices |= {f"blocks.{i}.{part}.weight" for i in range(3) for part in ("attn.qkv", "attn.proj", "mlp.fc1")}
+    matrices |= {f"blocks.{i}.mlp.fc2.weight" for i in range(3)}
+    if kind == "lvvit_s":
+        matrices |= {"aux_head.weight", *(f"patch_embed.conv{i}.weight" for i in (1, 2, 3))}
+    frozen = {"cls_token", "pos_embed"}
+    assert groups == {
+        (PREDICTOR, 0.05): predictors,
+        (BACKBONE, 0.05): matrices,
+        (BACKBONE, 0.0): everything - predictors - matrices - frozen,
+    }
+    assert {"norm.weight", "head.bias", "blocks.0.norm1.weight", "blocks.2.mlp.fc2.bias"} <= groups[BACKBONE, 0.0]
+    assert len(predictors) == 2 * 10  # LayerNorm and four Linear, for each of two stages
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_of_a_dense_model(kind: str) -> None:
+    model = build(kind, dense=True)
+    groups = grouped_names(model, param_groups(model, weight_decay=0.05))
+    assert set(groups) == {(BACKBONE, 0.05), (BACKBONE, 0.0)}
+    assert {"cls_token", "pos_embed", "norm.bias"} <= groups[BACKBONE, 0.0]
+    assert "head.weight" in groups[BACKBONE, 0.05]
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_optimizer_is_adamw_with_the_published_weight_decay() -> None:
+    optimizer = build_trainer().optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(g["name"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (PREDICTOR, 0.05),
+        (BACKBONE, 0.05),
+        (BACKBONE, 0.0),
+    ]
+
+
+# --- Learning rates
+
+
+def expected_rates(epoch: int, backbone_scale: float = 0.01) -> dict[str, float]:
+    cosine = MIN_LR + 0.5 * (LR - MIN_LR) * (1 + math.cos(math.pi * epoch / EPOCHS))
+    return {PREDICTOR: cosine, BACKBONE: 0.0 if epoch < WARMUP else min(backbone_scale * LR, cosine)}
+
+
+@pytest.mark.parametrize("backbone_scale", [0.01, 0.05])
+def test_rates_at_every_epoch(backbone_scale: float) -> None:
+    for epoch in range(EPOCHS):
+        rates = dynamic_rates(LR, MIN_LR, epoch, EPOCHS, WARMUP, backbone_scale)
+        assert rates == pytest.approx(expected_rates(epoch, backbone_scale), rel=1e-12)
+
+
+def test_rates_by_hand() -> None:
+    assert pytest.approx(7.5e-4) == LR
+    rates = [dynamic_rates(LR, MIN_LR, epoch, EPOCHS, WARMUP, 0.05) for epoch in range(EPOCHS)]
+    assert rates[0] == pytest.approx({PREDICTOR: 7.5e-4, BACKBONE: 0})
+    assert rates[4][BACKBONE] == 0 and rates[5][BACKBONE] == pytest.approx(3.75e-5)
+    assert rates[15][PREDICTOR] == pytest.approx(3.8e-4)  # half-way between 7.5e-4 and 1e-5
+    # 1e-5 + 3.7e-4 * (1 + cos 174 degrees), less than 5 % of 7.5e-4
+    assert rates[29] == pytest.approx({PREDICTOR: 1.20269e-5, BACKBONE: 1.20269e-5}, rel=1e-5)
+
+
+def test_published_command_line_has_these_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "get_world_size", lambda: 8)
+    args = parse("--arch", "deit_small", "--batch-size", "96", "--epochs", "30", "--distill", "--base_rate", "0.7")
+    for epoch in range(EPOCHS):
+        assert main.learning_rates(args, epoch) == pytest.approx(expected_rates(epoch), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), 5e-4 * 64 / 512),
+        (("--batch-size", "128"), 5e-4 * 128 / 512),
+        (("--batch-size", "128", "--update-freq", "4"), 5e-4),
+        (("--batch-size", "512", "--lr", "1e-3"), 1e-3),
+    ],
+)
+def test_linear_scaling(flags: tuple[str, ...], expected: float) -> None:
+    assert main.learning_rates(parse(*flags), 0)[PREDICTOR] == pytest.approx(expected)
+
+
+# Processes are forked from one that has done the slow imports.
+multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "timm"])
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def report_rate(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    utils.init_distributed(torch.device("cpu"))
+    rate = main.learning_rates(parse("--batch-size", "64"), 0)[PREDICTOR]
+    (folder / str(rank)).write_text(str(rate))
+    torch.distributed.destroy_process_group()
+
+
+def test_linear_scaling_with_processes(tmp_path: Path) -> None:
+    mp.start_processes(report_rate, (free_port(), tmp_path), nprocs=2, start_method="forkserver")
+    rates = [float((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert rates == pytest.approx([5e-4 * 64 * 2 / 512] * 2)
+
+
+def test_rates_change_between_epochs_only() -> None:
+    rates = [dynamic_rates(LR, MIN_LR, 7 + part, EPOCHS, WARMUP, 0.01) for part in (0, 0.25, 0.999)]
+    assert rates == [pytest.approx(expected_rates(7))] * 3
+
+
+def test_dense_rates() -> None:
+    """Linear warm-up from 1e-5 to 1.1e-4 over 5 epochs, then cosine back; step by step."""
+
+    def rate(epoch: float) -> float:
+        return dense_rates(1.1e-4, 1e-5, epoch, 20, 5)[BACKBONE]
+
+    assert [rate(epoch) for epoch in (0, 1, 2.5, 4)] == pytest.approx([1e-5, 3e-5, 6e-5, 9e-5])
+    assert rate(10) == pytest.approx(6e-5)  # half of the run is done
+    for epoch in (5, 7.25, 15, 19.5):
+        assert rate(epoch) == pytest.approx(1e-5 + 0.5 * 1e-4 * (1 + math.cos(math.pi * epoch / 20)))
+    assert set(main.learning_rates(parse("--dense"), 0)) == {BACKBONE}
+
+
+@pytest.mark.parametrize(("epoch", "backbone_learns"), [(4, False), (5, True)])
+def test_backbone_waits_for_the_predictors(epoch: int, backbone_learns: bool) -> None:
+    trainer = build_trainer()
+    set_rates(trainer.optimizer, expected_rates(epoch))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    step(trainer)
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    frozen = {"cls_token", "pos_embed"}
+    predictors = {name for name in before if name.startswith("score_predictor.")}
+    assert moved == (before.keys() - frozen if backbone_learns else predictors)
+
+
+# --- Images and labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_student_teacher_and_labels_are_mixed_alike(kind: str) -> None:
+    trainer = build_trainer(kind, "--mixup", "8", "--cutmix", "0", "--smoothing", "0.1")
+    seen: dict[str, Tensor] = {}
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.update(student=inputs[0].clone()))
+    trainer.criterion.teacher.register_forward_pre_hook(lambda _, inputs: seen.update(teacher=inputs[0].clone()))
+    trainer.criterion.base_criterion.register_forward_pre_hook(lambda _, inputs: seen.update(labels=inputs[1]))
+    utils.set_seed(1)
+    images, labels = random_batch()
+    accumulate_gradients(trainer, images, labels, last=True)
+
+    assert torch.equal(seen["student"], seen["teacher"])
+    # Labels: 0.9 of the one and of the other image's class in shares of lam, and 0.1 of everything
+    other = labels.flip(0)
+    lam = (seen["labels"][0, labels[0]].item() - 0.1 / 4) / 0.9
+    assert 0.1 < lam < 0.9
+    one_hot, other_hot = nn.functional.one_hot(labels, 4), nn.functional.one_hot(other, 4)
+    expected = 0.9 * (lam * one_hot + (1 - lam) * other_hot) + 0.1 / 4
+    torch.testing.assert_close(seen["labels"], expected)
+    # Images: the same shares, of ImageNet's mean and standard deviation
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normal = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(seen["student"], lam * normal + (1 - lam) * normal.flip(0), rtol=1e-4, atol=1e-5)
+
+
+def test_without_mixup_labels_are_smoothed() -> None:
+    trainer = build_trainer("deit_small", "--mixup", "0", "--cutmix", "0", "--smoothing", "0.2")
+    logits, labels = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([1])
+    target = torch.tensor([[0.05, 0.85, 0.05, 0.05]])
+    expected = -(target * logits.log_softmax(dim=-1)).sum()
+    torch.testing.assert_close(trainer.criterion.base_criterion(logits, labels), expected)
+
+
+# --- Moving average
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moving_average(kind: str) -> None:
+    """ema <- 0.9 ema + 0.1 weights after every step, from the first weights on; BatchNorm's statistics too."""
+    trainer = build_trainer(kind, "--model-ema-decay", "0.9")
+    model = unwrap(trainer.model)
+    set_rates(trainer.optimizer, {PREDICTOR: 1e-2, BACKBONE: 1e-2})
+    expected = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    first = dict(expected)
+    for seed in range(3):
+        step(trainer, seed)
+        state = model.state_dict()
+        expected = {name: 0.9 * average + 0.1 * state[name] for name, average in expected.items()}
+    average = trainer.ema.module.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(average[name], value, msg=name)
+    assert any((value - first[name]).abs().max() > 1e-3 for name, value in expected.items())
+    assert not trainer.ema.module.training
+
+
+def test_moving_average_by_default_is_deits() -> None:
+    assert build_trainer().ema.decay == 0.99996
+    assert build_trainer("deit_small", "--no-model-ema").ema is None

@@ -1,0 +1,294 @@
+"""Measures a dynamic model against its dense backbone, turn about in one process.
+
+    python -m tools.benchmark --arch deit_small --base-rate 0.7 --batch-size 32 --json speed.json
+
+The dense model is timm's own (for LV-ViT our backbone), with fused attention and the same weights.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from flops import gflops_of
+from losses import DiffPruningLoss, DistillDiffPruningLoss
+from models import ARCHS, Teacher, combine_heads, create_model
+
+NUM_CLASSES = 1000
+SCALING_SIZES = (160, 224, 288, 384, 512)
+SCALING_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+WARMUP_ROUNDS = 3  # as many as CUDA graphs need to be recorded
+LATENCY_ROUNDS = 10  # times --repeats, as batch 1 is short and a 95th percentile needs many
+STEPS_PER_TURN = {"cpu": 1, "cuda": 5}  # on a GPU several, so that its queue stays filled as in real use
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COLUMNS = {  # of the printed table, by their names in the JSON file: heading, width, decimals
+    "img_size": ("size", 4, 0),
+    "base_rate": ("rate", 4, 2),
+    "model": ("model", 17, None),
+    "images_per_s": ("images/s", 9, 1),
+    "spread": ("spread", 6, 3),
+    "ratio": ("ratio", 5, 3),
+    "gflops": ("GFLOPs", 7, 3),
+    "gflops_ratio": ("ratio", 5, 3),
+    "peak_mib": ("peak MiB", 8, 0),
+    "p50_ms": ("batch 1 p50", 11, 2),
+    "p95_ms": ("p95 ms", 8, 2),
+}
+
+Step = Callable[[Tensor, Tensor], None]  # what is measured, on (B, 3, H, W) images and (B, classes) soft labels
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What one row of the table measures, and the modules in it that --compile compiles."""
+
+    step: Step
+    modules: Sequence[nn.Module]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", choices=ARCHS, default="deit_small")
+    parser.add_argument("--base-rate", type=float, default=0.7, help="share of its tokens that each stage keeps")
+    parser.add_argument("--keep-rates", type=float, nargs="+", help="instead: shares of the original tokens, by stage")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--amp", choices=("off", *AMP_DTYPES), default="off", help="autocast to this precision")
+    parser.add_argument("--device", choices=STEPS_PER_TURN, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        help="torch.compile every model, in this mode; reduce-overhead records CUDA graphs",
+    )
+    parser.add_argument("--train", action="store_true", help="measure training steps instead of inference")
+    parser.add_argument("--scaling", action="store_true", help="measure a range of input sizes and of base rates")
+    parser.add_argument("--repeats", type=int, default=20, help="rounds that are measured, after a warm-up")
+    parser.add_argument("--json", type=Path, help="write the results to this file, too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        report = run(args)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+    except torch.OutOfMemoryError:
+        parser.exit(2, f"{parser.prog}: out of memory on {args.device}; try a smaller --batch-size\n")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError, with a message for the user."""
+    if args.batch_size < 1 or args.repeats < 1:
+        raise ValueError("--batch-size and --repeats must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device on this machine")
+    if args.scaling and args.keep_rates:
+        raise ValueError("--scaling varies the base rate, so it cannot go with --keep-rates")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"no such directory: {args.json.parent}")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measures everything asked for, prints it as it comes, and returns it for --json."""
+    setup = {"hardware": hardware(args.device), "torch": torch.__version__, "timm": timm.__version__}
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    for part in (setup, settings):
+        print(", ".join(f"{name} {value}" for name, value in part.items()))
+    print(" ".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values()))
+    rows = []
+    for img_size, base_rate in points(args):
+        for row in measure(args, img_size, base_rate):
+            print(table_line(row), flush=True)
+            rows.append(row)
+    return setup | {"settings": settings, "rows": rows}
+
+
+def points(args: argparse.Namespace) -> list[tuple[int, float]]:
+    """The (input size, base rate) pairs to measure."""
+    if not args.scaling:
+        return [(args.img_size, args.base_rate)]
+    return [(size, args.base_rate) for size in SCALING_SIZES] + [(args.img_size, rate) for rate in SCALING_RATES]
+
+
+def measure(args: argparse.Namespace, img_size: int, base_rate: float) -> list[dict]:
+    """A row per contender, the dense one first. Both ratios are to the dense one; above 1 is better."""
+    images = torch.randn(args.batch_size, 3, img_size, img_size, device=args.device)
+    labels = torch.randn(args.batch_size, NUM_CLASSES, device=args.device).softmax(dim=-1)
+    steps, rows = {}, []
+    for name, build in (training_builders if args.train else inference_builders)(args, img_size, base_rate).items():
+        steps[name], costs = prepare(build, images, labels, args.compile)
+        rate = None if args.keep_rates else base_rate
+        rows.append({"img_size": img_size, "base_rate": rate, "model": name} | costs)
+
+    seconds = interleave(steps, images, labels, args.repeats, STEPS_PER_TURN[args.device])
+    for row in rows:
+        quarter, median, three_quarters = np.percentile(seconds[row["model"]], (25, 50, 75))
+        row["images_per_s"] = args.batch_size / median
+        row["spread"] = (three_quarters - quarter) / median
+        row["ratio"] = row["images_per_s"] / rows[0]["images_per_s"]
+        row["gflops_ratio"] = rows[0]["gflops"] / row["gflops"]
+    if not args.train:
+        seconds = interleave(steps, images[:1], labels[:1], LATENCY_ROUNDS * args.repeats, steps_per_turn=1)
+        for row in rows:
+            row["p50_ms"], row["p95_ms"] = 1e3 * np.percentile(seconds[row["model"]], (50, 95))
+    return rows
+
+
+def inference_builders(args: argparse.Namespace, img_size: int, base_rate: float) -> dict[str, Callable[[], Contender]]:
+    """By row: what builds its contender. They are built one by one, so that each one's memory can be told."""
+    dense, dynamic = make_models(args, img_size, base_rate)
+
+    def build(model: nn.Module) -> Contender:
+        model.to(args.device).eval()
+
+        @torch.inference_mode()
+        def step(images: Tensor, labels: Tensor) -> None:
+            with autocast(args):
+                model(images)
+
+        return Contender(step, [model])
+
+    return {"dense": partial(build, dense), "dynamic": partial(build, dynamic)}
+
+
+def training_builders(args: argparse.Namespace, img_size: int, base_rate: float) -> dict[str, Callable[[], Contender]]:
+    """As inference_builders, for a step of training: forward, loss, backward, AdamW."""
+    label_loss = SoftTargetCrossEntropy()
+
+    def build_dense() -> Contender:
+        model, _ = make_models(args, img_size, base_rate)
+        return trainer(args, model, lambda images, logits, labels: (label_loss(logits.float(), labels), {}))
+
+    def build_dynamic() -> Contender:
+        _, model = make_models(args, img_size, base_rate)
+        predict = combine_heads if hasattr(model, "aux_head") else None
+        return trainer(args, model, DiffPruningLoss(label_loss, model.keep_rates, predict=predict))
+
+    def build_distilled() -> Contender:
+        teacher, model = make_models(args, img_size, base_rate)
+        teacher = Teacher(teacher).to(args.device)
+        mse_token = not hasattr(model, "aux_head")
+        criterion = DistillDiffPruningLoss(teacher, label_loss, model.keep_rates, mse_token=mse_token)
+        return trainer(args, model, criterion, teacher)
+
+    return {"dense": build_dense, "dynamic": build_dynamic, "dynamic + teacher": build_distilled}
+
+
+def trainer(args: argparse.Namespace, model: nn.Module, criterion: Callable, *others: nn.Module) -> Contender:
+    """others: what else than the model is worth compiling."""
+    model.to(args.device).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        with autocast(args):
+            loss, _ = criterion(images, model(images), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return Contender(step, [model, *others])
+
+
+def make_models(args: argparse.Namespace, img_size: int, base_rate: float) -> tuple[nn.Module, nn.Module]:
+    """The dense model and the dynamic one, on the CPU, with the same weights."""
+    dense = create_model(args.arch, num_classes=NUM_CLASSES, img_size=img_size, dense=True)
+    dynamic = create_model(args.arch, base_rate, num_classes=NUM_CLASSES, img_size=img_size, keep_rates=args.keep_rates)
+    dynamic.load_state_dict(dense.state_dict(), strict=False)
+    return dense, dynamic
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device, AMP_DTYPES.get(args.amp), enabled=args.amp != "off")
+
+
+def prepare(
+    build: Callable[[], Contender], images: Tensor, labels: Tensor, compile_mode: str | None
+) -> tuple[Step, dict]:
+    """Builds a contender; returns its step, and its GFLOPs per image and peak memory on a GPU."""
+    on_gpu = images.is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+        held_by_others = torch.cuda.memory_allocated()
+    contender = build()
+    costs = {"gflops": gflops_of(lambda: contender.step(images[:1], labels[:1])), "peak_mib": None}
+    if compile_mode:
+        for module in contender.modules:
+            # static shapes: one graph for the batch, one for batch 1
+            module.compile(fullgraph=True, dynamic=False, mode=compile_mode)
+    if on_gpu:
+        contender.step(images, labels)  # compilation and autotuning need memory of their own
+        torch.cuda.reset_peak_memory_stats()
+        contender.step(images, labels)
+        costs["peak_mib"] = (torch.cuda.max_memory_allocated() - held_by_others) / 2**20
+    return contender.step, costs
+
+
+def interleave(
+    steps: dict[str, Step], images: Tensor, labels: Tensor, rounds: int, steps_per_turn: int
+) -> dict[str, list[float]]:
+    """Seconds per step, by contender and round."""
+    seconds = {name: [] for name in steps}
+    names = list(steps)
+    for i in range(WARMUP_ROUNDS + rounds):
+        names.reverse()  # there and back, so that drift and the neighbour's traces in the cache cancel
+        for name in names:
+            elapsed = time_turn(partial(steps[name], images, labels), steps_per_turn, images.is_cuda)
+            if i >= WARMUP_ROUNDS:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def time_turn(step: Callable[[], None], steps_per_turn: int, on_gpu: bool) -> float:
+    """Seconds per step, until the last one's result is there."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps_per_turn):
+        step()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps_per_turn
+
+
+def hardware(device: str) -> str:
+    """The name of what computes."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def table_line(row: dict) -> str:
+    cells = []
+    for column, (_, width, decimals) in COLUMNS.items():
+        value = row.get(column)
+        text = "-" if value is None else value if decimals is None else f"{value:.{decimals}f}"
+        cells.append(f"{text:>{width}}")
+    return " ".join(cells)
+
+
+if __name__ == "__main__":
+    main()

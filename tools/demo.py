@@ -1,0 +1,124 @@
+"""The main job in minutes, on generated images: a dense ViT, made dynamic, and the two compared.
+
+    python -m tools.demo
+
+Both trainings are main_dynamic_vit.py itself; what is here only calls it and measures.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datasets import BatchTransform
+from flops import count_gflops
+from main_dynamic_vit import build_model, parse_args
+from models import find_weights, load_weights, read_checkpoint
+from shapes import Shapes
+from tools.benchmark import hardware, interleave
+from tools.pictures import contact_sheet, enlarge, prune, save_png, strip
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = Path("logs/demo")
+MODEL = [
+    *("--arch", "deit_tiny", "--input-size", "64", "--patch-size", "8"),
+    *("--embed-dim", "96", "--depth", "8", "--num-heads", "4", "--mlp-ratio", "2"),
+]
+# The recipe is for long runs on photos; these images need neither strong augmentation nor an average.
+COMMON = [
+    *("--data-set", "SHAPES", *MODEL, "--batch-size", "32", "--num-workers", "1", "--print-freq", "20"),
+    *("--aa", "none", "--color-jitter", "0", "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--smoothing", "0"),
+    *("--no-repeated-aug", "--no-model-ema"),
+]
+DENSE = ["--dense", "--epochs", "3", "--lr", "0.016", "--warmup-epochs", "0.5", "--output-dir", str(OUTPUT / "dense")]
+DYNAMIC = [
+    *("--distill", "--pretrained", str(OUTPUT / "dense/checkpoint_best.pth"), "--output-dir", str(OUTPUT / "dynamic")),
+    *("--base-rate", "0.6", "--pruning-loc", "2", "4", "6", "--epochs", "3", "--warmup-epochs", "0"),
+    *("--lr", "0.016", "--backbone-lr-scale", "0.1"),
+]
+OBJECT_SHARE = 0.25  # a patch with at least this share of object pixels is one of the object's
+NUM_PICTURES = 6
+BATCH_SIZE, ROUNDS = 64, 15
+
+
+def main() -> None:
+    started = time.monotonic()
+    # run as a package the output folder is relative to where the user stands; the trainings stand there too
+    for title, args in (("1. A dense ViT", DENSE), ("2. The same, made dynamic", DYNAMIC)):
+        print(f"\n{title}: main_dynamic_vit.py {' '.join(args)}\n", flush=True)
+        subprocess.run([sys.executable, ROOT / "main_dynamic_vit.py", *COMMON, *args], check=True)
+    report(*(load_run(args) for args in (DENSE, DYNAMIC)))
+    print(f"all of it in {time.monotonic() - started:.0f} s")
+
+
+def load_run(argv: list[str]) -> tuple[nn.Module, float]:
+    """A trained model in eval mode, and the best epoch's top-1 in percent."""
+    args = parse_args([*COMMON, *argv])
+    args.num_classes = len(Shapes.classes)
+    content = read_checkpoint(Path(args.output_dir) / "checkpoint_best.pth")
+    model = build_model(args, dense=args.dense)
+    load_weights(model, find_weights(content))
+    return model.eval(), max(record["val/top1"] for record in content["history"])
+
+
+def report(dense_run: tuple[nn.Module, float], dynamic_run: tuple[nn.Module, float]) -> None:
+    """The table and the picture."""
+    (dense, dense_top1), (dynamic, dynamic_top1) = dense_run, dynamic_run
+    val_set = Shapes(train=False)
+    images = torch.stack([pixels(val_set, i) for i in range(256)])
+    pruning = prune(dynamic, images)
+    patches = dynamic.patch_embed.num_patches
+    tokens = [indices.shape[1] for indices in pruning.kept]
+    dense_speed, dynamic_speed = images_per_second(dense, dynamic, images[:BATCH_SIZE])
+    dense_gflops, dynamic_gflops = (count_gflops(model, val_set.size) for model in (dense, dynamic))
+
+    print(f"\non {hardware('cpu')}\n\n{'':<34}{'dense':>10}{'dynamic':>20}")
+    rows = [
+        ("top-1 on 2000 new images, %", f"{dense_top1:.2f}", f"{dynamic_top1:.2f} ({dynamic_top1 - dense_top1:+.2f})"),
+        ("GFLOPs", f"{dense_gflops:.4f}", f"{dynamic_gflops:.4f} ({dynamic_gflops / dense_gflops:.1%})"),
+        ("images/s, in turns", f"{dense_speed:.0f}", f"{dynamic_speed:.0f} ({dynamic_speed / dense_speed:.2f} x)"),
+        ("tokens after each stage", str(patches), " -> ".join(map(str, tokens))),
+        ("object patches kept", "100.0 %", f"{object_coverage(val_set, pruning.kept[-1]):.1%}"),
+        ("  if tokens were kept at random", "", f"{tokens[-1] / patches:.1%}"),
+    ]
+    for name, *cells in rows:
+        print(f"{name:<34}{cells[0]:>10}{cells[1]:>20}")
+
+    grid = dynamic.patch_embed.grid_size
+    strips = [strip(enlarge(images[i], 2), [k[i] for k in pruning.kept], grid) for i in range(NUM_PICTURES)]
+    save_png(contact_sheet(strips), OUTPUT / "kept_tokens.png")
+    print(f"\nimages losing their tokens, stage by stage: {OUTPUT / 'kept_tokens.png'}")
+
+
+def pixels(val_set: Shapes, index: int) -> torch.Tensor:
+    """(3, H, W) uint8."""
+    image, _ = val_set[index]
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size, 3).permute(2, 0, 1)
+
+
+def images_per_second(dense: nn.Module, dynamic: nn.Module, images: torch.Tensor) -> list[float]:
+    batch = BatchTransform(torch.device("cpu"))(images)
+    models = {"dense": dense, "dynamic": dynamic}
+    steps = {name: lambda images, _, model=model: model(images) for name, model in models.items()}
+    with torch.inference_mode():
+        seconds = interleave(steps, batch, batch, ROUNDS, steps_per_turn=1)
+    return [len(batch) / torch.tensor(seconds[name]).median().item() for name in models]
+
+
+def object_coverage(val_set: Shapes, kept: torch.Tensor) -> float:
+    """Share of the object's patches that are among the (B, K) kept ones of the first B images."""
+    held, total = 0, 0
+    for i, indices in enumerate(kept):
+        mask = torch.from_numpy(val_set.object_mask(i)).float()
+        shares = nn.functional.avg_pool2d(mask[None], val_set.size // 8).flatten()
+        is_object = shares >= OBJECT_SHARE
+        held += is_object[indices].sum().item()
+        total += is_object.sum().item()
+    return held / total
+
+
+if __name__ == "__main__":
+    main()
