@@ -41,12 +41,18 @@ class Shapes(Dataset):
         self.train = train
         self.size = size
         self.length = (6000 if train else 2000) if length is None else length
+        self.drawn: dict[int, Image.Image] = {}  # kept, as drawing takes longer than training on it
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         """Image i, RGB and size x size pixels, and its label; IndexError unless 0 <= i < length."""
+        if i not in self.drawn:
+            self.drawn[i] = self._draw(i)
+        return self.drawn[i], i % len(self.classes)
+
+    def _draw(self, i: int) -> Image.Image:
         rng = self._rng(i)
         label = i % len(self.classes)
         mask = self._draw_object(rng, label)
@@ -54,7 +60,7 @@ class Shapes(Dataset):
         draw_distractors(rng, pixels)
         pixels[mask] = PALETTE[label // len(OUTLINES)] + rng.integers(-30, 31, 3)
         pixels += rng.integers(-25, 26, (self.size, self.size, 1))
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), label
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
     def object_mask(self, i: int) -> np.ndarray:
         """(size, size) booleans, True on the pixels of image i's object; IndexError as for the image."""

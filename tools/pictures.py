@@ -22,9 +22,11 @@ Grid = tuple[int, int]
 WHITE = 255
 PAGE = 216  # behind the panels: grey, so that a dropped patch on an edge is still seen as one
 GAP = 6  # pixels between panels
-COLD, HOT = (20, 30, 110), (255, 225, 40)  # of a heat map; the hot end is the lighter one, in grey print too
+HEAT = ((20, 10, 90), (200, 40, 100), (255, 235, 80))  # from low to high; ever lighter, to be read in grey print too
+HEAT_OPACITY = 0.6
 TEXT_SIZE = 14
 MIN_TEXT_SIZE = 8
+TEXT_INDENT = 2
 FRAME_SECONDS, LAST_FRAME_SECONDS = 0.8, 2.0
 
 
@@ -94,11 +96,18 @@ def heat_map(scores: Tensor, grid: Grid, image: Tensor) -> Tensor:
     """(N,) scores as colours over the image, from its lowest to its highest; NaN is white."""
     scores = scores.cpu().unflatten(0, grid)
     low, high = scores[~scores.isnan()].aminmax()
-    levels = spread_patches((scores - low) / (high - low).clamp(min=1e-12), image)
-    cold, hot = (torch.tensor(colour)[:, None, None] for colour in (COLD, HOT))
-    colours = cold + levels.nan_to_num() * (hot - cold)
-    grey = image.float().mean(dim=0)
-    return ((colours + grey) / 2).byte().masked_fill(levels.isnan(), WHITE)
+    levels = (scores - low) / (high - low).clamp(min=1e-12)
+    pixels = spread_patches(levels, image)
+    colours = HEAT_OPACITY * heat_colours(pixels.nan_to_num()) + (1 - HEAT_OPACITY) * image.float().mean(dim=0)
+    return colours.byte().masked_fill(pixels.isnan(), WHITE)
+
+
+def heat_colours(levels: Tensor) -> Tensor:
+    """(H, W) levels from 0 to 1 -> (3, H, W) colours from 0 to 255, between those of HEAT."""
+    stops = torch.tensor(HEAT, dtype=torch.float32)
+    position = levels * (len(stops) - 1)
+    lower = position.long().clamp(max=len(stops) - 2)
+    return torch.lerp(stops[lower], stops[lower + 1], (position - lower)[..., None]).permute(2, 0, 1)
 
 
 def heat_strip(image: Tensor, scores: Tensor, grid: Grid) -> Tensor:
@@ -133,7 +142,7 @@ def enlarge(picture: Tensor, factor: int) -> Tensor:
     return picture.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
-def caption(picture: Tensor, lines: Sequence[str], indent: int = 0) -> Tensor:
+def caption(picture: Tensor, lines: Sequence[str], indent: int = TEXT_INDENT) -> Tensor:
     """Adds lines of text below the picture, indent pixels from its sides; one that is too wide is set smaller."""
     _, height, width = picture.shape
     line_height = round(1.4 * TEXT_SIZE)
