@@ -13,10 +13,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 import utils
-from checkpoints import BEST, LAST, CheckpointWriter, read_run, restore, run_state
+from checkpoints import BEST, LAST, read_run, restore, run_state
 from datasets import DATA_SETS, AugmentedDataset, BatchTransform, build_dataset
 from engine import RunningMeans, Trainer, evaluate, train_one_epoch
 from flops import count_gflops
@@ -32,6 +31,7 @@ from models import (
     read_checkpoint,
 )
 from optim import dense_rates, dynamic_rates, param_groups
+from output import Output
 from samplers import ShardSampler, TrainSampler
 from utils import UserError, log
 
@@ -226,15 +226,13 @@ def describe(
     val_set: AugmentedDataset,
     device: torch.device,
 ) -> None:
-    dense = build_model(args, dense=True)
-    dense_gflops = count_gflops(dense, args.input_size)
-    log(f"{args.arch} dense: {megas(dense):.2f} M parameters, {dense_gflops:.3f} GFLOPs")
+    gflops = cost(args, model)
+    log(f"{args.arch} dense: {megas(build_model(args, dense=True)):.2f} M parameters, {gflops['dense']:.3f} GFLOPs")
     if not args.dense:
-        gflops = count_gflops(model, args.input_size)
         patches = model.patch_embed.num_patches
         log(
-            f"{args.arch} dynamic: {megas(model):.2f} M parameters, {gflops:.3f} GFLOPs "
-            f"({gflops / dense_gflops:.1%} of dense); before blocks {list(model.pruning_loc)} "
+            f"{args.arch} dynamic: {megas(model):.2f} M parameters, {gflops['dynamic']:.3f} GFLOPs "
+            f"({gflops['dynamic'] / gflops['dense']:.1%} of dense); before blocks {list(model.pruning_loc)} "
             f"{model.tokens_kept(patches)} of {patches} tokens are kept"
         )
     counts = (
@@ -245,6 +243,12 @@ def describe(
     log(f"{args.data_set} {args.data_path}: {counts}, {args.num_classes} classes")
     amp = next(name for name, dtype in AMP_DTYPES.items() if dtype == pick_amp(args, device))
     log(f"{utils.get_world_size()} process(es) on {device.type}, {args.batch_size} images each, amp {amp}")
+
+
+def cost(args: argparse.Namespace, model: nn.Module) -> dict[str, float]:
+    """GFLOPs of the dense backbone and, where the model is one, of the dynamic model."""
+    gflops = {"dense": count_gflops(build_model(args, dense=True), args.input_size)}
+    return gflops if args.dense else {**gflops, "dynamic": count_gflops(model, args.input_size)}
 
 
 def megas(model: nn.Module) -> float:
@@ -293,7 +297,7 @@ def train(
     first_step = progress["images"] // step_images
     if earlier:
         log(f"resumed at epoch {progress['epoch']}, step {first_step}")
-    output = Output(args, progress)
+    output = Output(args, progress, val_loader.dataset)
     if teacher is not None and progress["dense"] is None:
         progress["dense"] = run_evaluation(args, teacher.vit, val_loader, device)
         report_accuracy("dense teacher", progress["dense"])
@@ -325,12 +329,15 @@ def train(
             first_step, sums = 0, RunningMeans(device)
             progress |= {"epoch": epoch + 1, "images": 0}
             save((LAST, BEST) if is_best else (LAST,))
-            output.write_epoch(progress["history"], pace)
+            output.write_epoch(progress["history"], pace, model)
             if stop.received():
                 raise Stopped(f"{stop.name or 'a signal'} received: saved after epoch {epoch}")
+        best = max(progress["history"], key=lambda record: record["val/top1"])
+        gflops = cost(args, model)
+        output.write_summary(args, gflops, best)
     finally:
         output.close()
-    print_summary(args, model, progress)
+    print_summary(args, gflops, progress["dense"], best)
 
 
 def validate(
@@ -435,58 +442,12 @@ def learning_rates(args: argparse.Namespace, epoch: float) -> dict[str, float]:
     return dynamic_rates(lr, args.min_lr, epoch, args.epochs, args.warmup_epochs, args.backbone_lr_scale)
 
 
-class Output:
-    """What rank 0 writes into --output-dir; elsewhere, and without one, nothing."""
-
-    def __init__(self, args: argparse.Namespace, progress: dict) -> None:
-        self.folder = Path(args.output_dir)
-        self.active = bool(args.output_dir) and utils.is_main_process()
-        if not self.active:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.checkpoints = CheckpointWriter(self.folder)
-            self.events = SummaryWriter(args.output_dir, purge_step=progress["epoch"])
-            self.write_log(progress["history"])
-        except OSError as error:
-            raise UserError(f"cannot write to --output-dir {args.output_dir} ({error.strerror})") from error
-
-    def save(self, content: dict, names: tuple[str, ...]) -> None:
-        if self.active:
-            self.checkpoints.save(content, names)
-
-    def write_log(self, history: list[dict]) -> None:
-        # written anew from the checkpoint's history, so that a run killed in between leaves no line twice
-        utils.write_json_lines(self.folder / "log.txt", history)
-
-    def write_epoch(self, history: list[dict], pace: float) -> None:
-        """log.txt, and the same in TensorBoard with the pace, which differs from run to run."""
-        if not self.active:
-            return
-        self.write_log(history)
-        record = {**history[-1], "train/images_per_second": pace}
-        for name, value in record.items():
-            if name != "epoch":
-                self.events.add_scalar(name, value, record["epoch"])
-        self.events.flush()
-
-    def close(self) -> None:
-        if self.active:
-            self.events.close()
-            self.checkpoints.wait()
-
-
-def print_summary(args: argparse.Namespace, model: nn.Module, progress: dict) -> None:
-    best = max(progress["history"], key=lambda record: record["val/top1"])
+def print_summary(args: argparse.Namespace, gflops: dict[str, float], dense: dict | None, best: dict) -> None:
     kind = "dense" if args.dense else "dynamic"
-    dense_gflops = count_gflops(build_model(args, dense=True), args.input_size)
-    gflops = dense_gflops if args.dense else count_gflops(model, args.input_size)
-    rows = []
-    if progress["dense"]:
-        rows.append(("dense", dense_gflops, progress["dense"]["top1"], progress["dense"]["top5"]))
-    rows.append((f"{kind}, epoch {best['epoch']} (best)", gflops, best["val/top1"], best["val/top5"]))
+    rows = [("dense", gflops["dense"], dense["top1"], dense["top5"])] if dense else []
+    rows.append((f"{kind}, epoch {best['epoch']} (best)", gflops[kind], best["val/top1"], best["val/top5"]))
     if "val_ema/top1" in best:
-        rows.append((f"{kind}, moving average", gflops, best["val_ema/top1"], best["val_ema/top5"]))
+        rows.append((f"{kind}, moving average", gflops[kind], best["val_ema/top1"], best["val_ema/top5"]))
     log(f"\n{args.arch:<30}{'GFLOPs':>10}{'top-1 %':>10}{'top-5 %':>10}")
     for name, *numbers in rows:
         log(f"{name:<30}{numbers[0]:>10.3f}{numbers[1]:>10.2f}{numbers[2]:>10.2f}")
@@ -508,6 +469,7 @@ def run(argv: list[str] | None = None) -> int:
         utils.print_error(error)
         return 2
     finally:
+        utils.end_loader_processes()
         if dist.is_initialized():
             dist.destroy_process_group()
 

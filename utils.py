@@ -1,6 +1,7 @@
 """What every training script needs and no method is about: processes, seeds, logs, checkpoints."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -125,6 +126,13 @@ def ignore_stop_signals(_worker: int) -> None:
     """For loader processes: their trainer ends them, after it has saved."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_loader_processes() -> None:
+    """At the end of the program, however it ends; they ignore SIGTERM, which is all that torch would send them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would take their end for a failure
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 class Eta:

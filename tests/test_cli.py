@@ -50,6 +50,14 @@ def test_run_leaves_checkpoints_log_and_events(dynamic_run: Path) -> None:
     assert {"lr/predictor", "lr/backbone", "val/top1", "val/top5", "val_ema/top1"} <= scalars
     assert [event.step for event in events.Scalars("val/top1")] == [0, 1]
     assert [event.value for event in events.Scalars("val/top1")] == pytest.approx(top1)
+    assert {"kept patches", "keep scores"} <= set(events.Tags()["images"])
+    assert [image.step for image in events.Images("kept patches")] == [0, 1]
+    # 4 strips of 4 panels, 32 pixels each, and gaps of 6: on two columns or one
+    assert events.Images("kept patches")[0].width >= 4 * (32 + 6)
+    assert events.Tags()["histograms"] == [f"kept share per image/stage {stage}" for stage in range(3)]
+    assert 0 <= events.Histograms("kept share per image/stage 2")[0].histogram_value.max <= 1
+    gflops = {kind: events.Scalars(f"gflops/{kind}")[0].value for kind in ("dense", "dynamic")}
+    assert 0 < gflops["dynamic"] < gflops["dense"]
     # 4 images, 1 process: 5e-4 * 4 / 512 for the predictors; the backbone waits for one epoch
     assert lines[0]["lr/predictor"] == pytest.approx(5e-4 * 4 / 512)
     assert lines[0]["lr/backbone"] == 0 < lines[1]["lr/backbone"]

@@ -17,9 +17,9 @@ from datasets import BatchTransform
 from flops import count_gflops
 from main_dynamic_vit import build_model, parse_args
 from models import find_weights, load_weights, read_checkpoint
+from pictures import contact_sheet, enlarge, prune, save_png, strip
 from shapes import Shapes
 from tools.benchmark import hardware, interleave
-from tools.pictures import contact_sheet, enlarge, prune, save_png, strip
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = Path("logs/demo")
@@ -41,7 +41,7 @@ DYNAMIC = [
     *("--lr", "0.016", "--backbone-lr-scale", "0.1", "--ratio-weight", "8", "--clip-grad", "1"),
 ]
 OBJECT_SHARE = 0.25  # a patch with at least this share of object pixels is one of the object's
-NUM_PICTURES = 6
+NUM_PICTURES = 3
 BATCH_SIZE, ROUNDS = 64, 15
 
 
