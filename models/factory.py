@@ -62,21 +62,17 @@ def create_model(
     if arch not in ARCHS:
         raise ValueError(f"unknown arch '{arch}'; known: {', '.join(ARCHS)}")
     spec = ARCHS[arch]
-    embed_dim = embed_dim or spec.embed_dim
-    num_heads = num_heads or spec.num_heads
-    if embed_dim % num_heads:
-        raise ValueError(f"embed_dim {embed_dim} cannot be divided among {num_heads} heads")
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
+    sizes = {name: getattr(spec, name) if value is None else value for name, value in sizes.items()}
+    sizes |= {"img_size": img_size, "patch_size": patch_size, "num_classes": num_classes}
+    for name, value in sizes.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if sizes["embed_dim"] % sizes["num_heads"]:
+        raise ValueError(f"embed_dim {sizes['embed_dim']} cannot be divided among {sizes['num_heads']} heads")
     if img_size % patch_size:
         raise ValueError(f"patch size {patch_size} does not divide input size {img_size}")
-    vit = spec.backbone(
-        img_size=img_size,
-        patch_size=patch_size,
-        num_classes=num_classes,
-        embed_dim=embed_dim,
-        depth=depth or spec.depth,
-        num_heads=num_heads,
-        mlp_ratio=mlp_ratio or spec.mlp_ratio,
-    )
+    vit = spec.backbone(**sizes)
     if dense:
         return vit
     if pruning_loc is None:

@@ -13,6 +13,8 @@ class ConvStem(nn.Module):
         self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 384, width: int = 64, **_
     ) -> None:
         super().__init__()
+        if patch_size % 2:
+            raise ValueError(f"LV-ViT's stem halves the resolution first: patch size {patch_size} must be even")
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)

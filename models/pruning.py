@@ -92,15 +92,8 @@ class TokenPruning:
     score_predictor: nn.ModuleList
 
     def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
-        """Share of the original patch tokens kept after each stage; must not grow from stage to stage."""
-        keep_rates = tuple(float(rate) for rate in keep_rates)
-        if len(keep_rates) != len(self.pruning_loc):
-            raise ValueError(f"{len(keep_rates)} keep rates for {len(self.pruning_loc)} pruning stages")
-        if not all(0 < rate <= 1 for rate in keep_rates):
-            raise ValueError(f"keep rates must lie in (0, 1], got {', '.join(map(str, keep_rates))}")
-        if list(keep_rates) != sorted(keep_rates, reverse=True):
-            raise ValueError(f"keep rates are shares of the original tokens and cannot grow, got {keep_rates}")
-        self.keep_rates = keep_rates
+        """Share of the original patch tokens kept after each stage; ValueError if they do not fit."""
+        self.keep_rates = check_keep_rates(keep_rates, len(self.pruning_loc))
 
     def tokens_kept(self, num_patches: int) -> list[int]:
         """Patch tokens left after each stage of the evaluation forward."""
@@ -158,6 +151,17 @@ class TokenPruning:
         return self.forward_head(self.norm(x)), kept
 
 
+def check_keep_rates(keep_rates: Sequence[float], num_stages: int) -> tuple[float, ...]:
+    keep_rates = tuple(float(rate) for rate in keep_rates)
+    if len(keep_rates) != num_stages:
+        raise ValueError(f"{len(keep_rates)} keep rates for {num_stages} pruning stages")
+    if not all(0 < rate <= 1 for rate in keep_rates):
+        raise ValueError(f"keep rates must lie in (0, 1], got {', '.join(map(str, keep_rates))}")
+    if list(keep_rates) != sorted(keep_rates, reverse=True):
+        raise ValueError(f"keep rates are shares of the original tokens and cannot grow, got {keep_rates}")
+    return keep_rates
+
+
 def make_dynamic(vit: VisionTransformer, pruning_loc: Sequence[int], keep_rates: Sequence[float]) -> VisionTransformer:
     """Turns a timm VisionTransformer into a DynamicViT, in place; its own weights and names stay.
 
@@ -167,11 +171,12 @@ def make_dynamic(vit: VisionTransformer, pruning_loc: Sequence[int], keep_rates:
     depth = len(vit.blocks)
     if not pruning_loc or list(pruning_loc) != sorted(set(pruning_loc)) or not all(0 <= i < depth for i in pruning_loc):
         raise ValueError(f"pruning stages must be ascending block numbers in 0..{depth - 1}, got {pruning_loc}")
-    if not vit.has_class_token:
-        raise ValueError("token pruning needs a backbone with a class token")
+    if not vit.has_class_token or vit.global_pool != "token":
+        raise ValueError("token pruning needs a backbone that classifies by its class token")
+    keep_rates = check_keep_rates(keep_rates, len(pruning_loc))
     vit.__class__ = type(f"Dynamic{type(vit).__name__}", (TokenPruning, type(vit)), {})
     vit.pruning_loc = pruning_loc
-    vit.set_keep_rates(keep_rates)
+    vit.keep_rates = keep_rates
     vit.score_predictor = nn.ModuleList(Predictor(vit.embed_dim) for _ in pruning_loc)
     vit.score_predictor.apply(init_weights_vit_timm)
     return vit

@@ -230,17 +230,20 @@ def test_dynamic_weights_do_not_make_a_dense_model() -> None:
 class Payload:
     """Unpickled by a careless reader, it makes a folder; it could as well do anything else."""
 
-    def __init__(self, marker: Path) -> None:
+    def __init__(self, marker: Path, function: Callable) -> None:
         self.marker = marker
+        self.function = function
 
     def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.marker),)
+        code = f"import os; os.mkdir({str(self.marker)!r})"
+        return self.function, (code if self.function is exec else str(self.marker),)
 
 
+@pytest.mark.parametrize("function", [exec, os.mkdir])
 @pytest.mark.parametrize("zip_format", [True, False])
-def test_file_that_would_run_code_is_refused(zip_format: bool, tmp_path: Path) -> None:
+def test_file_that_would_run_code_is_refused(zip_format: bool, function: Callable, tmp_path: Path) -> None:
     path, marker = tmp_path / "evil.pth", tmp_path / "marker"
-    content = {"model": build().state_dict(), "args": Payload(marker)}
+    content = {"model": build().state_dict(), "args": Payload(marker, function)}
     torch.save(content, path, _use_new_zipfile_serialization=zip_format)
     message = refusal(lambda: read_checkpoint(path))
     assert "refused" in message and str(path) in message
@@ -251,7 +254,7 @@ def test_file_that_would_run_code_is_refused(zip_format: bool, tmp_path: Path) -
 
 def test_plain_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path, marker = tmp_path / "evil.pth", tmp_path / "marker"
-    path.write_bytes(pickle.dumps({"model": Payload(marker)}, protocol=2))
+    path.write_bytes(pickle.dumps({"model": Payload(marker, exec)}, protocol=2))
     assert "refused" in refusal(lambda: read_checkpoint(path))
     assert not marker.exists()
 
@@ -263,7 +266,7 @@ def saved_bytes(**kwargs) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["file.pth", "file.tar", "file.safetensors"])
-@pytest.mark.parametrize("content", ["empty", "text", "truncated", "half_truncated"])
+@pytest.mark.parametrize("content", ["empty", "text", "opcode", "web_page", "truncated", "half_truncated"])
 def test_damaged_files(name: str, content: str, tmp_path: Path) -> None:
     path = tmp_path / name
     whole = saved_bytes()
@@ -273,6 +276,8 @@ def test_damaged_files(name: str, content: str, tmp_path: Path) -> None:
     damaged = {
         "empty": b"",
         "text": b"hello world\n",
+        "opcode": b".",  # to a reader of pickles this is a whole program, that returns what was never there
+        "web_page": b"<html><body>404 Not Found</body></html>",
         "truncated": whole[:-100],
         "half_truncated": whole[: len(whole) // 2],
     }

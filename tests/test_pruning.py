@@ -510,6 +510,9 @@ def test_combined_heads_by_hand() -> None:
         ({"pruning_loc": ()}, "ascending"),
         ({"img_size": 36}, "8 does not divide input size 36"),
         ({"num_heads": 3}, "32 cannot be divided among 3 heads"),
+        ({"embed_dim": 0}, "embed_dim must be positive"),
+        ({"depth": -1}, "depth must be positive"),
+        ({"num_heads": -2}, "num_heads must be positive"),
     ],
 )
 def test_misfits(changes: dict, message: str) -> None:
@@ -523,6 +526,19 @@ def test_unknown_arch_lists_the_known_ones() -> None:
     assert len(ARCHS) == 6 and all(arch in str(error.value) for arch in ARCHS)
 
 
-def test_backbone_without_class_token() -> None:
+@pytest.mark.parametrize("class_token", [False, True])
+def test_backbone_that_averages_its_tokens(class_token: bool) -> None:
     with pytest.raises(ValueError, match="class token"):
-        make_dynamic(timm_vit(class_token=False, global_pool="avg"), STAGES, RATES)
+        make_dynamic(timm_vit(class_token=class_token, global_pool="avg"), STAGES, RATES)
+
+
+def test_refused_backbone_stays_as_it_is() -> None:
+    vit = timm_vit()
+    with pytest.raises(ValueError, match="cannot grow"):
+        make_dynamic(vit, STAGES, (0.1, 0.2, 0.3))
+    assert vit(torch.zeros(1, 3, 32, 32)).shape[0] == 1
+
+
+def test_lvvit_needs_an_even_patch_size() -> None:
+    with pytest.raises(ValueError, match="even"):
+        build("lvvit_s", img_size=35, patch_size=5)
