@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from engine import RunningMeans, Trainer, unwrap
-from models import find_weights, load_weights, read_checkpoint
-from utils import UserError, get_rank, get_world_size, is_main_process, log
+from models import CheckpointError, find_weights, load_weights, read_checkpoint
+from utils import UserError, get_world_size, is_main_process, log
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
-# Arguments that a run may be resumed with other values of: they do not change what it learns.
+# Arguments about where and how a run is executed: it may be resumed with other values of these.
 MAY_CHANGE = {
-    *("resume", "eval", "dist_eval", "output_dir", "data_path", "pretrained", "num_classes"),
+    *("resume", "eval", "dist_eval", "output_dir", "data_path", "num_classes"),
     *("device", "num_workers", "print_freq", "save_freq"),
 }
 
@@ -46,15 +46,19 @@ def read_run(args: argparse.Namespace) -> dict | None:
     """
     found = [None]
     if is_main_process():
-        path = find_checkpoint(args)
-        if path is not None:
-            content = read_checkpoint(path)
-            if args.resume == "auto" and not args.eval:
-                check_same_run(args, content, path)
-            log(f"going on from {path}")
-            found = [content]
+        try:
+            path = find_checkpoint(args)
+            if path is not None:
+                found = [read_checkpoint(path)]
+                if args.resume == "auto" and not args.eval:
+                    check_same_run(args, found[0], path)
+                log(f"going on from {path}")
+        except (UserError, CheckpointError) as error:
+            found = [error]  # for all processes to end on, and not for a lost peer
     if dist.is_initialized():
         dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
     return found[0]
 
 
@@ -80,26 +84,28 @@ def run_state(trainer: Trainer, sums: RunningMeans) -> dict:
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "sums": sums.gather(),
-        "world_size": get_world_size(),
+        "amp": str(trainer.amp_dtype),
     }
 
 
 def restore(trainer: Trainer, content: dict) -> RunningMeans:
     """Puts a checkpoint's state into the trainer; returns the sums of the epoch that it stopped in."""
     if "optimizer" not in content or "history" not in content:
-        raise UserError("the file to resume holds weights only, no run to go on with; start from it with --pretrained")
+        raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
+    try:
+        trainer.optimizer.load_state_dict(content["optimizer"])
+    except ValueError as error:
+        raise UserError("the run to resume trained another kind of model; start from it with --pretrained") from error
     load_weights(unwrap(trainer.model), find_weights(content))
     if trainer.ema is not None:
         load_weights(trainer.ema.module, find_weights({"model": content["model_ema"] or content["model"]}))
-    trainer.optimizer.load_state_dict(content["optimizer"])
-    trainer.scaler.load_state_dict(content["scaler"])
+    if content["amp"] == str(trainer.amp_dtype):  # another precision needs another scale
+        trainer.scaler.load_state_dict(content["scaler"])
+    before, now = len(content["sums"]), get_world_size()
+    if before != now:
+        log(f"resumed with {now} process(es) instead of {before}: the global batch and the learning rate follow")
     sums = RunningMeans(trainer.device)
-    if content["world_size"] == get_world_size():
-        sums.load(content["sums"][get_rank()])
-    else:
-        log(
-            f"resumed with {get_world_size()} process(es) instead of {content['world_size']}: the learning rate follows"
-        )
+    sums.load(content["sums"])
     return sums
 
 

@@ -122,11 +122,10 @@ def read_image_folder(root: Path, train: bool, num_classes: int | None) -> Label
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; the layout is {root}/train/<class>/* and {root}/val/<class>/*")
     found = class_folders(folder)
+    classes = class_folders(root / "train") or found
     wnids = ImageNetInfo("imagenet-1k").label_names()
-    if num_classes in (None, len(wnids)) and set(found) <= set(wnids):
+    if num_classes in (None, len(wnids)) and set(classes) | set(found) <= set(wnids):
         classes = wnids
-    else:
-        classes = class_folders(root / "train") or found
     strangers = sorted(set(found) - set(classes))
     if strangers:
         raise UserError(f"classes in {folder} that {root / 'train'} does not have: {', '.join(strangers[:5])}")
@@ -146,6 +145,13 @@ def class_folders(folder: Path) -> list[str]:
 
 def read_inaturalist(root: Path, train: bool, year: int) -> LabelledFiles:
     """iNaturalist 2018 or 2019 by its own JSON files; labels in DeiT's order, by first appearance."""
+    try:
+        return list_inaturalist(root, train, year)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the JSON files in {root} are not iNaturalist's ({error!r})") from error
+
+
+def list_inaturalist(root: Path, train: bool, year: int) -> LabelledFiles:
     train_json = read_json(root / f"train{year}.json")
     labels: dict[int, int] = {}
     for annotation in train_json["annotations"]:

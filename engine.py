@@ -186,9 +186,15 @@ class RunningMeans:
             states = [mine]
         return states
 
-    def load(self, state: dict) -> None:
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        self.counts = dict(state["counts"])
+    def load(self, states: list[dict]) -> None:
+        """What gather() gave, of this many processes or of another number of them."""
+        if len(states) == get_world_size():
+            states = [states[get_rank()]]
+        self.sums = {
+            name: (sum(state["sums"][name] for state in states) / len(states)).to(self.device)
+            for name in states[0]["sums"]
+        }
+        self.counts = dict(states[0]["counts"])
 
     def means(self) -> dict[str, float]:
         """Over all processes."""

@@ -38,8 +38,17 @@ from utils import UserError, log
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
+class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for flags that have none or tell it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False) or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsHelp)
     add = parser.add_argument
     flag = argparse.BooleanOptionalAction
 
@@ -54,7 +63,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", type=kind, help="(default: the arch's)")
     add("--pretrained", help="dense weights to start from (default: the arch's file in pretrained/)")
 
-    add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder of train/<class> and val/<class>")
+    add(
+        "--data-set",
+        default="IMNET",
+        choices=DATA_SETS,
+        help="IMNET is any folder of train/<class> and val/<class>, CIFAR is CIFAR-100",
+    )
     add("--data-path", default="", help="the data set's folder")
     add("--num-classes", type=int, help="of the model (default: the data set's; 1000 for folders of WordNet ids)")
     add("--num-workers", type=int, default=8, help="loader processes for each training process")
@@ -66,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=int, default=0)
     add("--print-freq", type=int, default=50, help="steps between progress lines")
-    add("--save-freq", type=int, default=0, help="steps between checkpoints (default: one an epoch)")
+    add("--save-freq", type=int, default=0, help="steps between checkpoints; 0: at the ends of epochs only")
 
     add("--epochs", type=int, default=30)
     add("--batch-size", type=int, default=64, help="images for each process and forward pass")
@@ -119,15 +133,20 @@ def main(args: argparse.Namespace) -> None:
 
     val_set = build_dataset(train=False, args=args)
     train_set = None if args.eval else build_dataset(train=True, args=args)
-    args.num_classes = args.num_classes or len(val_set.source.classes)
-    model, teacher = build_models(args, load_student=not (args.eval and earlier))
+    known = len(val_set.source.classes)
+    if args.num_classes is None:
+        args.num_classes = known
+    if args.num_classes < known:
+        raise UserError(f"--num-classes {args.num_classes} is less than the {known} classes of the data set")
+    model, teacher = build_models(args, load_student=earlier is None)
     model.to(device)
     val_loader = build_val_loader(val_set, args)
     describe(args, model, train_set, val_set, device)
 
     if args.eval:
         if earlier:
-            load_weights(model, find_weights(earlier))
+            for note in load_weights(model, find_weights(earlier)):
+                log(note)
         report_accuracy("evaluated", run_evaluation(args, model, val_loader, device))
         if earlier and earlier.get("model_ema"):
             load_weights(model, find_weights({"model": earlier["model_ema"]}))
@@ -141,7 +160,12 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("input_size", "patch_size", "epochs", "batch_size", "update_freq", "print_freq", "lr", "min_lr"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
+    for name in ("seed", "num_workers", "save_freq", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} cannot be negative, got {getattr(args, name)}")
+    if not 0 <= args.smoothing < 1:
+        raise UserError(f"--smoothing must lie in [0, 1), got {args.smoothing}")
+    if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2 and not args.eval:
         raise UserError(
             f"mixup pairs images: --batch-size must be even, got {args.batch_size} (or --mixup 0 --cutmix 0)"
         )
@@ -153,12 +177,13 @@ def build_models(args: argparse.Namespace, load_student: bool) -> tuple[nn.Modul
     """The model to train or evaluate and, to distil from, its dense backbone; both with dense weights."""
     model = build_model(args, dense=args.dense)
     from_scratch = args.dense and not args.pretrained and not args.eval
-    if from_scratch or not (load_student or args.distill):
+    needs_teacher = args.distill and not args.eval
+    if from_scratch or not (load_student or needs_teacher):
         return model, None
     weights = read_pretrained(args)
     for note in load_weights(model, weights, new_head=args.dense and not args.eval):
         log(note)
-    if not args.distill or args.eval:
+    if not needs_teacher:
         return model, None
     dense = build_model(args, dense=True)
     load_weights(dense, weights)
@@ -267,6 +292,9 @@ def pick_amp(args: argparse.Namespace, device: torch.device) -> torch.dtype | No
 def run_evaluation(
     args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, device: torch.device
 ) -> dict[str, float]:
+    if dist.is_initialized():
+        for buffer in model.buffers():  # LV-ViT's BatchNorm statistics differ from process to process
+            dist.broadcast(buffer, src=0)
     return evaluate(model, val_loader, BatchTransform(device), device, pick_amp(args, device), args.dist_eval)
 
 
@@ -294,7 +322,7 @@ def train(
         sums = restore(trainer, earlier)
         progress = {key: earlier[key] for key in progress}
     step_images = args.batch_size * args.update_freq * utils.get_world_size()
-    first_step = progress["images"] // step_images
+    first_step = min(progress["images"] // step_images, steps_per_epoch)
     if earlier:
         log(f"resumed at epoch {progress['epoch']}, step {first_step}")
     output = Output(args, progress, val_loader.dataset)
@@ -323,12 +351,19 @@ def train(
             record = {"epoch": epoch}
             record |= {f"lr/{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
             record |= {f"train/{name}": value for name, value in train_stats.items()}
-            record |= validate(args, model, trainer.ema, val_loader, device, epoch)
+            for name, weights in (("val", model), ("val_ema", trainer.ema and trainer.ema.module)):
+                if weights is None:
+                    continue
+                if stop.received():  # all that was trained is saved
+                    raise Stopped(f"{stop.name or 'a signal'} received: saved before the validation of epoch {epoch}")
+                stats = run_evaluation(args, weights, val_loader, device)
+                report_accuracy(f"epoch {epoch} {name}", stats)
+                record |= {f"{name}/{key}": value for key, value in stats.items()}
             is_best = record["val/top1"] > max((r["val/top1"] for r in progress["history"]), default=-1)
             progress["history"].append(record)
             first_step, sums = 0, RunningMeans(device)
             progress |= {"epoch": epoch + 1, "images": 0}
-            save((LAST, BEST) if is_best else (LAST,))
+            save((BEST, LAST) if is_best else (LAST,))
             output.write_epoch(progress["history"], pace, model)
             if stop.received():
                 raise Stopped(f"{stop.name or 'a signal'} received: saved after epoch {epoch}")
@@ -338,24 +373,6 @@ def train(
     finally:
         output.close()
     print_summary(args, gflops, progress["dense"], best)
-
-
-def validate(
-    args: argparse.Namespace,
-    model: nn.Module,
-    ema: ModelEmaV3 | None,
-    val_loader: DataLoader,
-    device: torch.device,
-    epoch: int,
-) -> dict[str, float]:
-    """Accuracy of the weights and of their moving average, as entries of the epoch's record."""
-    record = {}
-    for name, weights in (("val", model), ("val_ema", ema.module if ema else None)):
-        if weights is not None:
-            stats = run_evaluation(args, weights, val_loader, device)
-            report_accuracy(f"epoch {epoch} {name}", stats)
-            record |= {f"{name}/{key}": value for key, value in stats.items()}
-    return record
 
 
 def build_train_loader(train_set: AugmentedDataset, args: argparse.Namespace) -> tuple[DataLoader, int]:
@@ -460,18 +477,18 @@ class Stopped(Exception):
 def run(argv: list[str] | None = None) -> int:
     """main, with what users can mend said in one line. Returns the exit status."""
     try:
-        main(parse_args(argv))
-        return 0
-    except Stopped as stopped:
-        log(f"{stopped}; the same command goes on from there")
+        try:
+            main(parse_args(argv))
+        except Stopped as stopped:
+            log(f"{stopped}; the same command goes on from there")
+        if dist.is_initialized():  # not after an error: it would wait for processes that know nothing of it
+            dist.destroy_process_group()
         return 0
     except (UserError, CheckpointError) as error:
         utils.print_error(error)
         return 2
     finally:
         utils.end_loader_processes()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

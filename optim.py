@@ -39,7 +39,7 @@ def cosine(lr: float, min_lr: float, epoch: float, epochs: int) -> float:
 
 
 def dynamic_rates(
-    lr: float, min_lr: float, epoch: float, epochs: int, warmup_epochs: int, backbone_scale: float
+    lr: float, min_lr: float, epoch: float, epochs: int, warmup_epochs: float, backbone_scale: float
 ) -> dict[str, float]:
     """The published schedule, constant within an epoch: predictors by cosine; the backbone not at
     all for the first epochs, while the predictors are no better than chance, then hardly."""

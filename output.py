@@ -45,8 +45,15 @@ class Output:
 
     def write_epoch(self, history: list[dict], pace: float, model: VisionTransformer) -> None:
         """log.txt, and the same in TensorBoard with pictures and the pace, which differs from run to run."""
-        if not self.active:
-            return
+        if self.active:
+            try:
+                self._write_epoch(history, pace, model)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to {self.folder} ({error.strerror}); its checkpoints are whole"
+                ) from error
+
+    def _write_epoch(self, history: list[dict], pace: float, model: VisionTransformer) -> None:
         self.write_log(history)
         record = {**history[-1], "train/images_per_second": pace}
         epoch = record.pop("epoch")
@@ -75,5 +82,7 @@ class Output:
 
     def close(self) -> None:
         if self.active:
-            self.events.close()
-            self.checkpoints.wait()
+            try:
+                self.events.close()
+            finally:
+                self.checkpoints.wait()

@@ -1,4 +1,4 @@
-"""What every training script needs and no method is about: processes, seeds, logs, checkpoints."""
+"""What every training script needs and no method is about: processes, seeds, signals, messages."""
 
 import json
 import multiprocessing
@@ -38,12 +38,16 @@ def pick_device(name: str) -> torch.device:
     """'auto' is this process's GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise UserError(f"unknown --device {name}; known: auto, cuda, cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU here; use --device cpu")
-    try:
-        return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown --device {name}; known: auto, cuda, cpu") from error
+    if name == "cpu":
+        return torch.device(name)
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= torch.cuda.device_count():
+        raise UserError(f"more processes than the {torch.cuda.device_count()} GPU(s) here; lower --nproc_per_node")
+    return torch.device(name, index)
 
 
 def get_rank() -> int:
@@ -66,12 +70,11 @@ def log(message: str = "") -> None:
 
 def print_error(error: Exception) -> None:
     """One line on stderr; from one process only, where all of them met the same error."""
-    if is_main_process() or isinstance(error, ImageError):
-        # a loader process's error comes with its traceback before it
-        message = str(error).splitlines()[-1].removeprefix("utils.ImageError: ")
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # the launcher ends all processes when one does: let rank 0 speak first
+    if not is_main_process() and not isinstance(error, ImageError):
+        time.sleep(5)  # if rank 0 met the same, the launcher now ends this process
+    # a loader process's error comes with its traceback before it
+    message = str(error).splitlines()[-1].removeprefix("utils.ImageError: ")
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

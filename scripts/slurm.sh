@@ -8,10 +8,11 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-#SBATCH --output=logs/slurm-%j.out
+#SBATCH --output=slurm-%j.out
 set -eu
 
-# Slurm's SIGTERM makes every process save and stop; the requeued job resumes by itself (--resume auto).
+# SIGTERM (of a preemption, or two minutes before the time limit) makes every process save and stop. A preempted
+# job is requeued and resumes by itself (--resume auto); after the time limit, submit this file again.
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun .venv/bin/torchrun \
   --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=3 \

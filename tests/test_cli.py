@@ -79,7 +79,7 @@ def test_eval_counts_each_image_once_in_two_processes(dynamic_run: Path, image_f
     args = [*distill(image_folder, dense_run), "--eval", "--resume", str(dynamic_run / "checkpoint_last.pth")]
     alone = run_main(*args)
     launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
-    together = launch([*launcher, "--master_port=29611", str(MAIN), *args])
+    together = launch([*launcher, "--standalone", str(MAIN), *args])
     assert alone.returncode == together.returncode == 0, together.stderr
     line = next(line for line in alone.stdout.splitlines() if line.startswith("evaluated"))
     assert "on 7 images" in line
@@ -91,7 +91,7 @@ def test_eval_counts_each_image_once_in_two_processes(dynamic_run: Path, image_f
 )
 def test_trains_in_two_processes(launcher: list[str], image_folder: Path, dense_run: Path, tmp_path: Path) -> None:
     module, *options = launcher
-    command = [sys.executable, "-m", module, "--nproc_per_node=2", "--master_port=29612", *options, str(MAIN)]
+    command = [sys.executable, "-m", module, "--nproc_per_node=2", "--standalone", *options, str(MAIN)]
     result = launch([*command, *distill(image_folder, dense_run), "--output_dir", str(tmp_path)])
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -149,7 +149,13 @@ def refused(capfd: pytest.CaptureFixture):
 
 def test_error_ends_a_real_process() -> None:
     """Said once, by one of two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+    ]
     result = launch([*launcher, str(MAIN), "--arch", "deit_huge", "--data-set", "SHAPES", "--device", "cpu"])
     assert result.returncode != 0
     assert result.stderr.count("error: unknown arch 'deit_huge'") == 1

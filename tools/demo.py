@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import BatchTransform
 from flops import count_gflops
@@ -49,7 +50,10 @@ def main() -> None:
     started = time.monotonic()
     for title, args in (("1. A dense ViT", DENSE), ("2. The same, made dynamic", DYNAMIC)):
         print(f"\n{title}: main_dynamic_vit.py {' '.join(args)}\n", flush=True)
-        subprocess.run([sys.executable, ROOT / "main_dynamic_vit.py", *COMMON, *args], check=True)
+        status = subprocess.run([sys.executable, ROOT / "main_dynamic_vit.py", *COMMON, *args]).returncode
+        last = Path(parse_args(args).output_dir) / "checkpoint_last.pth"
+        if status or read_checkpoint(last)["epoch"] < parse_args(args).epochs:
+            sys.exit(f"the demo has stopped here; run it again to go on, or remove {OUTPUT} to start anew")
     report(*(load_run(args) for args in (DENSE, DYNAMIC)))
     print(f"all of it in {time.monotonic() - started:.0f} s")
 
@@ -68,9 +72,9 @@ def report(dense_run: tuple[nn.Module, float], dynamic_run: tuple[nn.Module, flo
     """The table and the picture."""
     (dense, dense_top1), (dynamic, dynamic_top1) = dense_run, dynamic_run
     val_set = Shapes(train=False)
-    images = torch.stack([pixels(val_set, i) for i in range(256)])
+    images = torch.stack([pil_to_tensor(val_set[i][0]) for i in range(256)])
     pruning = prune(dynamic, images)
-    patches = dynamic.patch_embed.num_patches
+    patches, grid = dynamic.patch_embed.num_patches, dynamic.patch_embed.grid_size
     tokens = [indices.shape[1] for indices in pruning.kept]
     dense_speed, dynamic_speed = images_per_second(dense, dynamic, images[:BATCH_SIZE])
     dense_gflops, dynamic_gflops = (count_gflops(model, val_set.size) for model in (dense, dynamic))
@@ -81,22 +85,15 @@ def report(dense_run: tuple[nn.Module, float], dynamic_run: tuple[nn.Module, flo
         ("GFLOPs", f"{dense_gflops:.4f}", f"{dynamic_gflops:.4f} ({dynamic_gflops / dense_gflops:.1%})"),
         ("images/s, in turns", f"{dense_speed:.0f}", f"{dynamic_speed:.0f} ({dynamic_speed / dense_speed:.2f} x)"),
         ("tokens after each stage", str(patches), " -> ".join(map(str, tokens))),
-        ("object patches kept", "100.0 %", f"{object_coverage(val_set, pruning.kept[-1]):.1%}"),
+        ("object patches kept", "100.0 %", f"{object_coverage(val_set, pruning.kept[-1], grid):.1%}"),
         ("  if tokens were kept at random", "", f"{tokens[-1] / patches:.1%}"),
     ]
     for name, *cells in rows:
         print(f"{name:<34}{cells[0]:>10}{cells[1]:>20}")
 
-    grid = dynamic.patch_embed.grid_size
     strips = [strip(enlarge(images[i], 2), [k[i] for k in pruning.kept], grid) for i in range(NUM_PICTURES)]
     save_png(contact_sheet(strips), OUTPUT / "kept_tokens.png")
     print(f"\nimages losing their tokens, stage by stage: {OUTPUT / 'kept_tokens.png'}")
-
-
-def pixels(val_set: Shapes, index: int) -> torch.Tensor:
-    """(3, H, W) uint8."""
-    image, _ = val_set[index]
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size, 3).permute(2, 0, 1)
 
 
 def images_per_second(dense: nn.Module, dynamic: nn.Module, images: torch.Tensor) -> list[float]:
@@ -108,12 +105,12 @@ def images_per_second(dense: nn.Module, dynamic: nn.Module, images: torch.Tensor
     return [len(batch) / torch.tensor(seconds[name]).median().item() for name in models]
 
 
-def object_coverage(val_set: Shapes, kept: torch.Tensor) -> float:
+def object_coverage(val_set: Shapes, kept: torch.Tensor, grid: tuple[int, int]) -> float:
     """Share of the object's patches that are among the (B, K) kept ones of the first B images."""
     held, total = 0, 0
     for i, indices in enumerate(kept):
         mask = torch.from_numpy(val_set.object_mask(i)).float()
-        shares = nn.functional.avg_pool2d(mask[None], val_set.size // 8).flatten()
+        shares = nn.functional.avg_pool2d(mask[None], val_set.size // grid[0]).flatten()
         is_object = shares >= OBJECT_SHARE
         held += is_object[indices].sum().item()
         total += is_object.sum().item()
