@@ -20,10 +20,12 @@ TINY_RUN = [
 PRUNING = "--pruning-loc 1 2 3".split()
 
 
-def launch(command: list[str], **env: str) -> subprocess.CompletedProcess:
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(command: list[str]) -> subprocess.CompletedProcess:
     """Runs a command as a user would, from another folder, with one thread a process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=ROOT.parent)
+    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=240, cwd=ROOT.parent)
 
 
 def run_main(*args: str | Path) -> subprocess.CompletedProcess:

@@ -1,12 +1,14 @@
 """The command line as its users call it: real processes, real files."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, PRUNING, TINY_MODEL, TINY_RUN, launch, run_main, write_images
+from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_MODEL, TINY_RUN, launch, run_main, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from main_dynamic_vit import run
@@ -237,3 +239,36 @@ class TestBadInput:
         refused([*args, "--lr", "1"], "--lr 0.0005 -> 1.0", "--output-dir")
         refused([*args, "--resume", "none"], "holds an earlier run")
         assert {path: path.read_bytes() for path in dense_run.iterdir()} == before
+
+
+def test_stopped_run_goes_on_to_the_same_end(
+    dynamic_run: Path, image_folder: Path, dense_run: Path, tmp_path: Path
+) -> None:
+    """SIGTERM in the middle of the first epoch; then the same command again."""
+    args = [*distill(image_folder, dense_run), "--output-dir", str(tmp_path), "--print-freq", "1"]
+    command = [sys.executable, "-u", str(MAIN), *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD, cwd=ROOT.parent) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 0  step 1/5"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0 and "SIGTERM received: saved at epoch 0" in rest
+    stopped = read_checkpoint(tmp_path / "checkpoint_last.pth")
+    assert stopped["epoch"] == 0 and 0 < stopped["images"] < 20
+    result = run_main(*args)
+    assert result.returncode == 0, result.stderr
+    assert "resumed at epoch 0, step" in result.stdout
+    assert (tmp_path / "log.txt").read_text() == (dynamic_run / "log.txt").read_text()
+    weights, expected = (read_checkpoint(run / "checkpoint_last.pth")["model"] for run in (tmp_path, dynamic_run))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    torch.save(stopped, tmp_path / "stopped.pth")
+    result = launch([*launcher, str(MAIN), *args, "--resume", str(tmp_path / "stopped.pth")])
+    assert result.returncode == 0, result.stderr
+    assert "resumed with 2 process(es) instead of 1" in result.stdout
+
+
+def test_resume_of_another_kind_of_run(refused, image_folder: Path, dense_run: Path) -> None:
+    refused([*distill(image_folder, dense_run), "--resume", dense_run / "checkpoint_last.pth"], "--pretrained")
