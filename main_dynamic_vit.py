@@ -1,6 +1,7 @@
 """Trains and evaluates DynamicViT models, and the dense backbones that they start from."""
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--data-path", default="", help="the data set's folder")
     add("--num-classes", type=int, help="of the model (default: the data set's; 1000 for folders of WordNet ids)")
-    add("--num-workers", type=int, default=8, help="loader processes for each training process")
+    add(
+        "--num-workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="loader processes for each training process",
+    )
     add("--dist-eval", action="store_true", help="share the validation images out among the processes")
 
     add("--output-dir", default="", help="where checkpoints, log.txt and TensorBoard events go (default: nowhere)")
