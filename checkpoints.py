@@ -52,7 +52,7 @@ def read_run(args: argparse.Namespace) -> dict | None:
                 found = [read_checkpoint(path)]
                 if args.resume == "auto" and not args.eval:
                     check_same_run(args, found[0], path)
-                log(f"going on from {path}")
+                log(f"checkpoint: {path}")
         except (UserError, CheckpointError) as error:
             found = [error]  # for all processes to end on, and not for a lost peer
     if dist.is_initialized():

@@ -76,7 +76,7 @@ def open_image(path: str) -> Image.Image:
             with Image.open(path) as image:
                 return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = str(error).splitlines()[0].replace(str(path), "the file")
+        reason = str(error).splitlines()[0].replace(f" {str(path)!r}", "")
         raise ImageError(f"cannot read image {path} ({reason}); replace or remove it") from error
 
 

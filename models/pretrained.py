@@ -93,7 +93,9 @@ def load_weights(model: VisionTransformer, weights: StateDict, new_head: bool = 
         if names
     ]
     if problems:
-        raise CheckpointError(f"the weights do not fit the model; {'; '.join(problems)}")
+        raise CheckpointError(
+            f"the weights do not fit the model (another --arch, size, or --dense?); {'; '.join(problems)}"
+        )
     model.load_state_dict(weights, strict=False)
     if fresh_predictors and any(name.startswith("score_predictor.") for name in new):
         notes.append("predictors start untrained")
