@@ -2,6 +2,9 @@
 
 import argparse
 import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,67 +13,127 @@ import torch.distributed as dist
 
 from engine import RunningMeans, Trainer, unwrap
 from models import CheckpointError, find_weights, load_weights, read_checkpoint
-from utils import UserError, get_world_size, is_main_process, log
+from utils import UserError, gather, get_rank, get_world_size, is_main_process, log
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
 # Arguments about where and how a run is executed: it may be resumed with other values of these.
 MAY_CHANGE = {
     *("resume", "eval", "dist_eval", "output_dir", "data_path", "num_classes"),
-    *("device", "num_workers", "print_freq", "save_freq"),
+    *("device", "num_workers", "print_freq", "save_freq", "skip_bad_images"),
 }
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The file to go on from, by --resume.
+    """The file to go on from, by --resume, as this machine's file system has it.
 
     An earlier run in --output-dir is gone on with or left alone, never overwritten: UserError.
     """
+    if args.output_dir and not args.eval and is_main_process():
+        make_writable(Path(args.output_dir))
     last = Path(args.output_dir) / LAST if args.output_dir else None
     held = last is not None and last.is_file()
-    if args.resume not in ("auto", "none"):
-        path = Path(args.resume)
-        if held and not args.eval and path.resolve().parent != last.resolve().parent:
-            raise UserError(f"{args.output_dir} holds another run; choose another --output-dir for this one")
-        return path
-    if not held or (args.eval and args.resume == "none"):
-        return None
+    if args.resume == "auto":
+        return last if held else None
     if args.resume == "none":
-        raise UserError(f"{args.output_dir} holds an earlier run; choose another --output-dir, or --resume auto")
-    return last
+        if held and not args.eval:
+            raise UserError(f"{args.output_dir} holds an earlier run; choose another --output-dir, or --resume auto")
+        return None
+    path = Path(args.resume)
+    if path.is_dir():
+        path /= LAST
+    if args.eval or not held:
+        return path
+    if not changed_arguments(args, read_checkpoint(last), may_change=MAY_CHANGE - {"resume"}):
+        return last  # this very command was begun before
+    if path.resolve().parent != last.resolve().parent:
+        raise UserError(f"{args.output_dir} holds another run; choose another --output-dir for this one")
+    return path
 
 
 def read_run(args: argparse.Namespace) -> dict | None:
     """The content of the checkpoint to go on from, in every process.
 
-    Only rank 0 reads it: other machines may not share its file system.
+    Machines need not share a file system, and after a restart rank 0 may be on another one than
+    before: the newest file that any of them holds is read, by one process for all.
     """
-    found = [None]
-    if is_main_process():
-        try:
-            path = find_checkpoint(args)
-            if path is not None:
-                found = [read_checkpoint(path)]
-                if args.resume == "auto" and not args.eval:
-                    check_same_run(args, found[0], path)
-                log(f"checkpoint: {path}")
-        except (UserError, CheckpointError) as error:
-            found = [error]  # for all processes to end on, and not for a lost peer
+    path, error = attempt(find_checkpoint, args)
+    ages, errors = zip(*gather((modification_time(path), error)), strict=True)
+    raise_first(errors)  # all processes, so that none waits for a lost peer
+    if max(ages) < 0:
+        return None
+    reader = ages.index(max(ages))
+    shared = list(attempt(read_and_check, args, path)) if get_rank() == reader else [None, None]
     if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+        dist.broadcast_object_list(shared, src=reader)
+    content, error = shared
+    raise_first([error])
+    return content
+
+
+def attempt(action: Callable, *arguments: object) -> tuple[object, Exception | None]:
+    """The action's result, or the error that it ended in."""
+    try:
+        return action(*arguments), None
+    except (UserError, CheckpointError) as error:
+        return None, error
+
+
+def raise_first(errors: Iterable[Exception | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def modification_time(path: Path | None) -> float:
+    """In seconds; 0 for a file that is not there, -1 for None."""
+    if path is None:
+        return -1
+    return path.stat().st_mtime if path.is_file() else 0
+
+
+def read_and_check(args: argparse.Namespace, path: Path) -> dict:
+    best = path.with_name(BEST)
+    try:
+        content = read_checkpoint(path)
+        # torch.load compares no checksums; ours are right, those of other programs' files need not be
+        if "history" in content and zipfile.ZipFile(path).testzip() is not None:
+            raise CheckpointError(f"{path} is damaged")
+    except CheckpointError as error:
+        if path.name == LAST and best.is_file():
+            raise CheckpointError(f"{error}; to go on from the best epoch: cp {best} {path}") from error
+        raise
+    if args.resume == "auto" and not args.eval:
+        check_same_run(args, content, path)
+    print(f"checkpoint: {path}", flush=True)
+    return content
+
+
+def make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --output-dir {folder} ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to --output-dir {folder}")
 
 
 def check_same_run(args: argparse.Namespace, content: dict, path: Path) -> None:
-    earlier = content.get("args", {})
-    changed = [k for k, v in vars(args).items() if k not in MAY_CHANGE and k in earlier and earlier[k] != v]
-    if changed:
-        changes = ", ".join(f"--{k.replace('_', '-')} {earlier[k]} -> {getattr(args, k)}" for k in changed)
+    changes = changed_arguments(args, content, MAY_CHANGE)
+    if changes:
         raise UserError(
-            f"{args.output_dir} holds a run of other arguments ({changes}); "
+            f"{args.output_dir} holds a run of other arguments ({', '.join(changes)}); "
             f"choose another --output-dir, or go on from it with --resume {path}"
         )
+
+
+def changed_arguments(args: argparse.Namespace, content: dict, may_change: set[str]) -> list[str]:
+    """What differs from the arguments that a checkpoint was written with."""
+    earlier = content.get("args", {})
+    return [
+        f"--{name.replace('_', '-')} {earlier[name]} -> {value}"
+        for name, value in vars(args).items()
+        if name not in may_change and name in earlier and earlier[name] != value
+    ]
 
 
 def run_state(trainer: Trainer, sums: RunningMeans) -> dict:
@@ -110,26 +173,36 @@ def restore(trainer: Trainer, content: dict) -> RunningMeans:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background; training waits for the copy only. Used by rank 0."""
+    """Writes checkpoints in the background; training waits for the copy only. Used by rank 0.
+
+    A checkpoint that cannot be written leaves the one before it as it is: a warning, as the next
+    one may find room again. Only where the last one of all fails does wait() raise.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future | None = None
+        for leftover in folder.glob("*.tmp"):  # of a run that was killed
+            leftover.unlink()
 
     def save(self, content: dict, names: tuple[str, ...] = (LAST,)) -> None:
-        self.wait()
+        if self.pending is not None:
+            self.pending.exception()  # waits
         self.pending = self.thread.submit(self._write, copy_to_cpu(content), names)
 
     def _write(self, content: dict, names: tuple[str, ...]) -> None:
         for name in names:
-            write_checkpoint(content, self.folder / name)
+            try:
+                write_checkpoint(content, self.folder / name)
+            except UserError as error:
+                print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)
+                raise
 
     def wait(self) -> None:
         """Until the last checkpoint is on disk; raises what went wrong with it."""
         if self.pending is not None:
             self.pending.result()
-            self.pending = None
 
 
 def copy_to_cpu(value: object) -> object:
@@ -154,4 +227,5 @@ def write_checkpoint(content: dict, path: Path) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); the checkpoint before it is untouched") from error
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"cannot write {path} ({reason}); the checkpoint before it is untouched") from error

@@ -1,10 +1,13 @@
 """The data sets by name, and what happens to an image on its way to the model."""
 
 import argparse
+import hashlib
 import json
+import os
 import random
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +21,14 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from shapes import Shapes
-from utils import ImageError, UserError
+from utils import ImageError, UserError, log, max_over_processes
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
 # Images of these come small; they are trained on at their own size where --input-size allows it.
 NATIVE_SIZE = {"CIFAR": 32, "CIFAR10": 32}
 EVAL_CROP = 224 / 256  # DeiT: resize to 256, cut out the central 224
+IGNORED_LABEL = -100  # of an image that does not count; torch's own default for this
+NUM_SIZES = 1000  # files whose sizes are part of the fingerprint: to ask for a million takes minutes
 
 
 class AugmentedDataset(Dataset):
@@ -31,11 +36,18 @@ class AugmentedDataset(Dataset):
 
     Takes an index, or (index, seed) as samplers.TrainSampler yields them: then all the transform's
     randomness comes from that seed, so that it depends on no worker, no order and no earlier run.
+    skip_bad: in place of an image that cannot be read stands the next one that can, in validation
+    with IGNORED_LABEL; else ImageError.
     """
 
-    def __init__(self, source: Dataset, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(
+        self, source: Dataset, transform: Callable[[Image.Image], Tensor], train: bool, skip_bad: bool = False
+    ) -> None:
         self.source = source
         self.transform = transform
+        self.train = train
+        self.skip_bad = skip_bad
+        self.is_bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # loader processes write to it
 
     def __len__(self) -> int:
         return len(self.source)
@@ -46,16 +58,35 @@ class AugmentedDataset(Dataset):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.manual_seed(seed)
-        image, label = self.source[index]
+        image, label = self.read(index)
         return self.transform(image), label
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        if not self.skip_bad:
+            return self.source[index]
+        for candidate in chain(range(index, len(self)), range(index)):
+            try:
+                image, label = self.source[candidate]
+            except ImageError:
+                self.is_bad[candidate] = 1
+            else:
+                return image, label if self.train or candidate == index else IGNORED_LABEL
+        raise ImageError("none of the images can be read")
+
+    def bad_images(self) -> list[str]:
+        """Those that any process has met so far. Collective: call it in all of them."""
+        if not self.skip_bad:
+            return []
+        return [self.source.samples[i][0] for i in max_over_processes(self.is_bad).nonzero().flatten()]
 
 
 class LabelledFiles(Dataset):
-    """Images listed as (path, label)."""
+    """Image files somewhere under a root folder, listed as (path, label)."""
 
-    def __init__(self, samples: list[tuple[str, int]], classes: list[str]) -> None:
+    def __init__(self, samples: list[tuple[str, int]], classes: list[str], root: Path) -> None:
         self.samples = samples
         self.classes = classes
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,7 +116,18 @@ def build_dataset(train: bool, args: argparse.Namespace) -> AugmentedDataset:
     source = build_source(train, args)
     if len(source) == 0:
         raise UserError(f"no images found for {'training' if train else 'validation'} in {args.data_path}")
-    return AugmentedDataset(source, build_transform(train, args))
+    return AugmentedDataset(source, build_transform(train, args), train, args.skip_bad_images)
+
+
+def fingerprint(source: Dataset) -> str:
+    """Changes with the number, the names and the labels of the images, and with the file sizes of some of them."""
+    digest = hashlib.sha256(repr(source.classes).encode())
+    if isinstance(source, LabelledFiles):
+        for path, label in source.samples:
+            digest.update(f"{path.removeprefix(str(source.root))} {label}\n".encode(errors="surrogateescape"))
+        for path, _ in source.samples[:: -(-len(source) // NUM_SIZES)]:
+            digest.update(f"{os.path.getsize(path) if os.path.exists(path) else 0} ".encode())
+    return f"{len(source)} images, {digest.hexdigest()[:16]}"
 
 
 def build_source(train: bool, args: argparse.Namespace) -> Dataset:
@@ -131,7 +173,11 @@ def read_image_folder(root: Path, train: bool, num_classes: int | None) -> Label
         raise UserError(f"classes in {folder} that {root / 'train'} does not have: {', '.join(strangers[:5])}")
     label_of = {name: label for label, name in enumerate(classes)}
     files = ImageFolder(str(folder), allow_empty=True)
-    return LabelledFiles([(path, label_of[files.classes[rank]]) for path, rank in files.samples], classes)
+    samples = [(path, label_of[files.classes[rank]]) for path, rank in files.samples]
+    empty = sorted(set(found) - {classes[label] for _, label in samples})
+    if empty and samples:
+        log(f"warning: class folders without images in {folder}: {', '.join(empty)}")
+    return LabelledFiles(samples, classes, root)
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -165,7 +211,7 @@ def list_inaturalist(root: Path, train: bool, year: int) -> LabelledFiles:
             raise UserError(f"{root}/*{year}.json names a file outside the data folder: {image['file_name']}")
         samples.append((str(path), labels[category_of[image["id"]]]))
     names = {c["id"]: c["name"] for c in read_json(root / "categories.json")}
-    return LabelledFiles(samples, [names[category] for category in labels])
+    return LabelledFiles(samples, [names[category] for category in labels], root)
 
 
 def read_json(path: Path) -> dict | list:

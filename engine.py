@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from datasets import IGNORED_LABEL
 from optim import set_rates
-from utils import Eta, UserError, derive_seed, get_rank, get_world_size, log, set_seed, sum_over_processes
+from utils import Eta, UserError, derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
 
 MAX_BAD_STEPS = 20  # in a row, before a run gives up
 
@@ -68,7 +68,7 @@ def train_one_epoch(
             # resumed run draws the same.
             set_seed(derive_seed(trainer.seed, epoch, step, micro_step, get_rank()))
             sums.update(accumulate_gradients(trainer, images, labels, last=micro_step == trainer.update_freq - 1))
-        sums.update({"bad_steps": update_weights(trainer)})
+        sums.add_to_total("skipped_steps", update_weights(trainer))
         eta.advance()
         done = step + 1
         if done % trainer.print_freq == 0 or done == steps.stop:
@@ -115,12 +115,13 @@ def update_weights(trainer: Trainer) -> Tensor:
     return bad
 
 
+class Diverged(Exception):
+    """Training goes nowhere any more."""
+
+
 def stop_if_diverged(trainer: Trainer) -> None:
     if trainer.bad_steps_in_a_row.item() >= MAX_BAD_STEPS:
-        raise UserError(
-            f"the last {MAX_BAD_STEPS} steps all had gradients that are not finite; the last checkpoint is as it "
-            "was before them: resume from it with --clip-grad 1, a lower --lr or another --seed"
-        )
+        raise Diverged(f"the last {MAX_BAD_STEPS} steps or more all had gradients that are not finite")
 
 
 @torch.inference_mode()
@@ -132,7 +133,7 @@ def evaluate(
     amp_dtype: torch.dtype | None,
     sharded: bool,
 ) -> dict[str, float]:
-    """Returns loss, top1 and top5 (in percent) and the number of images.
+    """Returns loss, top1 and top5 (in percent) and the number of images, but for those labelled IGNORED_LABEL.
 
     sharded: each process's loader holds its own part of the images, so sums are added up.
     """
@@ -144,11 +145,13 @@ def evaluate(
             logits = model(batch_transform(images))
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
+        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != IGNORED_LABEL).sum()])
     if sharded:
         sum_over_processes(sums)
     loss, top1, top5, count = sums.tolist()
+    if count == 0:
+        raise UserError("there is no image to validate on")
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": int(count)}
 
 
@@ -161,42 +164,40 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class RunningMeans:
-    """Means of named scalars; kept on the device, so that no step waits for its numbers."""
+    """Means and totals of named scalars; kept on the device, so that no step waits for its numbers.
+
+    Values that are not finite are left out, as their steps are skipped.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.entries: dict[str, Tensor] = {}  # by name: sum and count
 
     def update(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            entry = torch.stack([value, torch.ones_like(value)]).where(value.isfinite(), 0.0)
+            self.entries[name] = self.entries[name] + entry if name in self.entries else entry
+
+    def add_to_total(self, name: str, value: Tensor) -> None:
+        total = self.entries[name][0] + value if name in self.entries else value
+        self.entries[name] = torch.stack([total, torch.ones_like(total)])
 
     def __str__(self) -> str:
-        return "  ".join(f"{name} {value.item() / self.counts[name]:.4g}" for name, value in self.sums.items())
+        return "  ".join(f"{name} {(total / count).item():.4g}" for name, (total, count) in self.entries.items())
 
-    def gather(self) -> list[dict]:
+    def gather(self) -> list[dict[str, Tensor]]:
         """Every process's state, for load()."""
-        states = [None] * get_world_size()
-        mine = {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": self.counts}
-        if dist.is_initialized():
-            dist.all_gather_object(states, mine)
-        else:
-            states = [mine]
-        return states
+        return gather({name: entry.cpu() for name, entry in self.entries.items()})
 
-    def load(self, states: list[dict]) -> None:
+    def load(self, states: list[dict[str, Tensor]]) -> None:
         """What gather() gave, of this many processes or of another number of them."""
         if len(states) == get_world_size():
             states = [states[get_rank()]]
-        self.sums = {
-            name: (sum(state["sums"][name] for state in states) / len(states)).to(self.device)
-            for name in states[0]["sums"]
+        self.entries = {
+            name: (sum(state[name] for state in states) / len(states)).to(self.device) for name in states[0]
         }
-        self.counts = dict(states[0]["counts"])
 
     def means(self) -> dict[str, float]:
-        """Over all processes."""
-        totals = sum_over_processes(torch.stack([*self.sums.values()]).double()) / get_world_size()
-        return {n: total / self.counts[n] for n, total in zip(self.sums, totals.tolist(), strict=True)}
+        """Over all processes; totals, which are the same in all of them, as they are."""
+        totals, counts = sum_over_processes(torch.stack([*self.entries.values()]).double()).unbind(dim=1)
+        return dict(zip(self.entries, (totals / counts).tolist(), strict=True))

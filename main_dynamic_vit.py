@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +18,12 @@ from torch.utils.data import DataLoader
 
 import utils
 from checkpoints import BEST, LAST, read_run, restore, run_state
-from datasets import DATA_SETS, AugmentedDataset, BatchTransform, build_dataset
-from engine import RunningMeans, Trainer, evaluate, train_one_epoch
+from datasets import DATA_SETS, AugmentedDataset, BatchTransform, build_dataset, fingerprint
+from engine import Diverged, RunningMeans, Trainer, evaluate, train_one_epoch
 from flops import count_gflops
 from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
 from models import (
     ARCHS,
-    CheckpointError,
     Teacher,
     combine_heads,
     create_model,
@@ -78,6 +78,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=min(8, os.cpu_count() or 1),
         help="loader processes for each training process",
     )
+    add(
+        "--skip-bad-images",
+        action="store_true",
+        help="go on without images that cannot be read, and list them at the end",
+    )
     add("--dist-eval", action="store_true", help="share the validation images out among the processes")
 
     add("--output-dir", default="", help="where checkpoints, log.txt and TensorBoard events go (default: nowhere)")
@@ -86,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=int, default=0)
     add("--print-freq", type=int, default=50, help="steps between progress lines")
-    add("--save-freq", type=int, default=0, help="steps between checkpoints; 0: at the ends of epochs only")
+    add("--save-freq", default="0", help="steps (500) or minutes (15m) between checkpoints; 0: ends of epochs only")
 
     add("--epochs", type=int, default=30)
     add("--batch-size", type=int, default=64, help="images for each process and forward pass")
@@ -147,18 +152,29 @@ def main(args: argparse.Namespace) -> None:
     model, teacher = build_models(args, load_student=earlier is None)
     model.to(device)
     val_loader = build_val_loader(val_set, args)
-    describe(args, model, train_set, val_set, device)
+    gflops = cost(args, model)
+    describe(args, model, gflops, train_set, val_set, device)
 
     if args.eval:
-        if earlier:
-            for note in load_weights(model, find_weights(earlier)):
-                log(note)
-        report_accuracy("evaluated", run_evaluation(args, model, val_loader, device))
-        if earlier and earlier.get("model_ema"):
-            load_weights(model, find_weights({"model": earlier["model_ema"]}))
-            report_accuracy("moving average", run_evaluation(args, model, val_loader, device))
+        evaluate_only(args, model, val_loader, device, earlier)
+        list_bad_images(val_set.bad_images())
         return
-    train(args, model, teacher, train_set, val_loader, device, earlier)
+    run = Run(args, model, teacher, gflops, train_set, val_loader, device, earlier)
+    best = run.to_the_end()
+    print_summary(args, gflops, run.progress["dense"], best)
+    list_bad_images(run.progress["bad_images"])
+
+
+def evaluate_only(
+    args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, device: torch.device, checkpoint: dict | None
+) -> None:
+    if checkpoint:
+        for note in load_weights(model, find_weights(checkpoint)):
+            log(note)
+    report_accuracy("evaluated", run_evaluation(args, model, val_loader, device))
+    if checkpoint and checkpoint.get("model_ema"):
+        load_weights(model, find_weights({"model": checkpoint["model_ema"]}))
+        report_accuracy("moving average", run_evaluation(args, model, val_loader, device))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -166,7 +182,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("input_size", "patch_size", "epochs", "batch_size", "update_freq", "print_freq", "lr", "min_lr"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("seed", "num_workers", "save_freq", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
+    for name in ("seed", "num_workers", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative, got {getattr(args, name)}")
     if not 0 <= args.smoothing < 1:
@@ -253,11 +269,11 @@ def loader_options(args: argparse.Namespace) -> dict:
 def describe(
     args: argparse.Namespace,
     model: nn.Module,
+    gflops: dict[str, float],
     train_set: AugmentedDataset | None,
     val_set: AugmentedDataset,
     device: torch.device,
 ) -> None:
-    gflops = cost(args, model)
     log(f"{args.arch} dense: {megas(build_model(args, dense=True)):.2f} M parameters, {gflops['dense']:.3f} GFLOPs")
     if not args.dense:
         patches = model.patch_embed.num_patches
@@ -296,12 +312,12 @@ def pick_amp(args: argparse.Namespace, device: torch.device) -> torch.dtype | No
 
 
 def run_evaluation(
-    args: argparse.Namespace, model: nn.Module, val_loader: DataLoader, device: torch.device
+    args: argparse.Namespace, model: nn.Module, batches: Iterable, device: torch.device
 ) -> dict[str, float]:
     if dist.is_initialized():
         for buffer in model.buffers():  # LV-ViT's BatchNorm statistics differ from process to process
             dist.broadcast(buffer, src=0)
-    return evaluate(model, val_loader, BatchTransform(device), device, pick_amp(args, device), args.dist_eval)
+    return evaluate(model, batches, BatchTransform(device), device, pick_amp(args, device), args.dist_eval)
 
 
 def report_accuracy(what: str, stats: dict[str, float]) -> None:
@@ -311,74 +327,125 @@ def report_accuracy(what: str, stats: dict[str, float]) -> None:
     )
 
 
-def train(
-    args: argparse.Namespace,
-    model: nn.Module,
-    teacher: Teacher | None,
-    train_set: AugmentedDataset,
-    val_loader: DataLoader,
-    device: torch.device,
-    earlier: dict | None,
-) -> None:
-    """The epoch loop, with what it leaves in --output-dir; goes on from the checkpoint `earlier`."""
-    loader, steps_per_epoch = build_train_loader(train_set, args)
-    trainer = build_trainer(args, model, teacher, device)
-    sums, progress = RunningMeans(device), {"epoch": 0, "images": 0, "history": [], "dense": None}
-    if earlier:
-        sums = restore(trainer, earlier)
-        progress = {key: earlier[key] for key in progress}
-    step_images = args.batch_size * args.update_freq * utils.get_world_size()
-    first_step = min(progress["images"] // step_images, steps_per_epoch)
-    if earlier:
-        log(f"resumed at epoch {progress['epoch']}, step {first_step}")
-    output = Output(args, progress, val_loader.dataset)
-    if teacher is not None and progress["dense"] is None:
-        progress["dense"] = run_evaluation(args, teacher.vit, val_loader, device)
-        report_accuracy("dense teacher", progress["dense"])
-    stop = utils.StopSignal()
+class Run:
+    """A training run: the epoch loop, and what it leaves in --output-dir."""
 
-    def save(names: tuple[str, ...] = (LAST,)) -> None:
-        output.save({**run_state(trainer, sums), **progress, "args": vars(args)}, names)
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        teacher: Teacher | None,
+        gflops: dict[str, float],
+        train_set: AugmentedDataset,
+        val_loader: DataLoader,
+        device: torch.device,
+        earlier: dict | None,
+    ) -> None:
+        """earlier: the content of a checkpoint to go on from."""
+        self.args, self.model, self.gflops, self.device = args, model, gflops, device
+        self.save_clock = utils.SaveClock(args.save_freq)
+        self.train_loader, self.steps_per_epoch = build_train_loader(train_set, args)
+        self.val_loader = val_loader
+        self.step_images = args.batch_size * args.update_freq * utils.get_world_size()
+        self.trainer = build_trainer(args, model, teacher, device)
+        self.sums = RunningMeans(device)
+        self.progress = {"epoch": 0, "images": 0, "history": [], "dense": None, "bad_images": [], "train_set": None}
+        if earlier:
+            self.sums = restore(self.trainer, earlier)
+            self.progress |= {key: earlier[key] for key in self.progress if key in earlier}
+            log(f"resumed at epoch {self.progress['epoch']}, step {self.first_step}")
+        self.note_train_set(train_set)
+        self.output = Output(args, self.progress, val_loader.dataset)
+        if teacher is not None and self.progress["dense"] is None:
+            self.progress["dense"] = run_evaluation(args, teacher.vit, val_loader, device)
+            report_accuracy("dense teacher", self.progress["dense"])
+        self.stop = utils.StopSignal()
 
-    def after_step(done: int) -> None:
-        progress["images"] = done * step_images
-        stopping = stop.received()
-        if stopping or done == steps_per_epoch or (args.save_freq and done % args.save_freq == 0):
-            save()
+    @property
+    def first_step(self) -> int:
+        """Of the epoch, where an earlier run has begun it."""
+        return min(self.progress["images"] // self.step_images, self.steps_per_epoch)
+
+    def note_train_set(self, train_set: AugmentedDataset) -> None:
+        if utils.is_main_process():
+            before, now = self.progress["train_set"], fingerprint(train_set.source)
+            if before not in (None, now):
+                log(f"warning: the training data has changed since the checkpoint ({before} -> {now})")
+            self.progress["train_set"] = now
+
+    def to_the_end(self) -> dict[str, float]:
+        """Trains, and returns the best epoch's record. Raises Stopped at a signal, with all saved."""
+        epochs_left = self.args.epochs - self.progress["epoch"]
+        eta = utils.Eta(epochs_left * self.steps_per_epoch - self.first_step)
+        try:
+            while self.progress["epoch"] < self.args.epochs:
+                record, pace = self.train_epoch(eta)
+                record |= self.validate()
+                self.finish_epoch(record, pace)
+            best = max(self.progress["history"], key=lambda record: record["val/top1"])
+            self.output.write_summary(self.args, self.gflops, best)
+            return best
+        except Diverged as error:
+            raise UserError(
+                f"{error}; the weights of before them are in {self.output.folder / LAST}: go on from "
+                "there (--resume, another --output-dir) with --clip-grad 1, a lower --lr or another --seed"
+            ) from error
+        finally:
+            self.output.close()
+
+    def train_epoch(self, eta: utils.Eta) -> tuple[dict[str, float], float]:
+        """Returns what log.txt says of the epoch's training, and the pace in images/s."""
+        epoch, steps = self.progress["epoch"], range(self.first_step, self.steps_per_epoch)
+        self.train_loader.sampler.set_epoch(epoch, start=steps.start * self.args.batch_size * self.args.update_freq)
+        stats, pace = train_one_epoch(self.trainer, self.train_loader, epoch, steps, eta, self.sums, self.after_step)
+        rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizer.param_groups}
+        return {"epoch": epoch} | rates | {f"train/{name}": value for name, value in stats.items()}, pace
+
+    def after_step(self, done: int) -> None:
+        self.progress["images"] = done * self.step_images
+        wishes = torch.tensor([self.stop.received, self.save_clock.is_due(done), done == self.steps_per_epoch])
+        stopping, *saving = utils.max_over_processes(wishes.byte()).tolist()
+        if stopping or any(saving):
+            self.save()
         if stopping:
-            raise Stopped(f"{stop.name or 'a signal'} received: saved at epoch {progress['epoch']}, step {done}")
+            self.raise_stopped(f"saved at epoch {self.progress['epoch']}, step {done}")
 
-    eta = utils.Eta((args.epochs - progress["epoch"]) * steps_per_epoch - first_step)
-    try:
-        for epoch in range(progress["epoch"], args.epochs):
-            loader.sampler.set_epoch(epoch, start=first_step * args.batch_size * args.update_freq)
-            steps = range(first_step, steps_per_epoch)
-            train_stats, pace = train_one_epoch(trainer, loader, epoch, steps, eta, sums, after_step)
-            record = {"epoch": epoch}
-            record |= {f"lr/{group['name']}": group["lr"] for group in trainer.optimizer.param_groups}
-            record |= {f"train/{name}": value for name, value in train_stats.items()}
-            for name, weights in (("val", model), ("val_ema", trainer.ema and trainer.ema.module)):
-                if weights is None:
-                    continue
-                if stop.received():  # all that was trained is saved
-                    raise Stopped(f"{stop.name or 'a signal'} received: saved before the validation of epoch {epoch}")
-                stats = run_evaluation(args, weights, val_loader, device)
-                report_accuracy(f"epoch {epoch} {name}", stats)
+    def raise_stopped(self, where: str) -> None:
+        raise Stopped(f"{self.stop.name or 'a signal'} received: {where}")
+
+    def validate(self) -> dict[str, float]:
+        """Returns what log.txt says of it, for the weights and for their moving average."""
+        record = {}
+        for name, weights in (("val", self.model), ("val_ema", self.trainer.ema and self.trainer.ema.module)):
+            if weights is not None:
+                stats = run_evaluation(self.args, weights, self.until_stopped(self.val_loader), self.device)
+                report_accuracy(f"epoch {self.progress['epoch']} {name}", stats)
                 record |= {f"{name}/{key}": value for key, value in stats.items()}
-            is_best = record["val/top1"] > max((r["val/top1"] for r in progress["history"]), default=-1)
-            progress["history"].append(record)
-            first_step, sums = 0, RunningMeans(device)
-            progress |= {"epoch": epoch + 1, "images": 0}
-            save((BEST, LAST) if is_best else (LAST,))
-            output.write_epoch(progress["history"], pace, model)
-            if stop.received():
-                raise Stopped(f"{stop.name or 'a signal'} received: saved after epoch {epoch}")
-        best = max(progress["history"], key=lambda record: record["val/top1"])
-        gflops = cost(args, model)
-        output.write_summary(args, gflops, best)
-    finally:
-        output.close()
-    print_summary(args, gflops, progress["dense"], best)
+        return record
+
+    def until_stopped(self, batches: DataLoader) -> Iterator:
+        """The batches; ends the run at one that all processes agree on, where one of them has got a signal."""
+        shortest = -utils.max_over_processes(torch.tensor(-len(batches))).item()  # shards differ by an image
+        for number, batch in enumerate(batches):
+            if number < shortest and utils.max_over_processes(torch.tensor(int(self.stop.received))):
+                self.raise_stopped(f"saved before the validation of epoch {self.progress['epoch']}")
+            yield batch
+
+    def finish_epoch(self, record: dict[str, float], pace: float) -> None:
+        is_best = record["val/top1"] > max((r["val/top1"] for r in self.progress["history"]), default=-1)
+        self.progress["history"].append(record)
+        self.progress |= {"epoch": self.progress["epoch"] + 1, "images": 0}
+        self.sums = RunningMeans(self.device)
+        self.save((BEST, LAST) if is_best else (LAST,))
+        self.output.write_epoch(self.progress["history"], pace, self.model)
+
+    def save(self, names: tuple[str, ...] = (LAST,)) -> None:
+        known = set(self.progress["bad_images"])
+        for data_set in (self.train_loader.dataset, self.val_loader.dataset):
+            known.update(data_set.bad_images())
+        self.progress["bad_images"] = sorted(known)
+        self.output.save({**run_state(self.trainer, self.sums), **self.progress, "args": vars(self.args)}, names)
+        self.save_clock.restart()
 
 
 def build_train_loader(train_set: AugmentedDataset, args: argparse.Namespace) -> tuple[DataLoader, int]:
@@ -476,26 +543,23 @@ def print_summary(args: argparse.Namespace, gflops: dict[str, float], dense: dic
         log(f"{name:<30}{numbers[0]:>10.3f}{numbers[1]:>10.2f}{numbers[2]:>10.2f}")
 
 
+def list_bad_images(paths: list[str]) -> None:
+    if paths:
+        log("\n".join([f"\nskipped {len(paths)} image(s) that cannot be read:", *paths]))
+
+
 class Stopped(Exception):
     """A signal has ended the run, and all of it is saved."""
 
 
-def run(argv: list[str] | None = None) -> int:
-    """main, with what users can mend said in one line. Returns the exit status."""
+def command(argv: list[str] | None = None) -> None:
     try:
-        try:
-            main(parse_args(argv))
-        except Stopped as stopped:
-            log(f"{stopped}; the same command goes on from there")
-        if dist.is_initialized():  # not after an error: it would wait for processes that know nothing of it
-            dist.destroy_process_group()
-        return 0
-    except (UserError, CheckpointError) as error:
-        utils.print_error(error)
-        return 2
-    finally:
-        utils.end_loader_processes()
+        main(parse_args(argv))
+    except Stopped as stopped:
+        log(f"{stopped}; the same command goes on from there")
+    if dist.is_initialized():  # not after an error: it would wait for processes that know nothing of it
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(utils.exit_status(command))

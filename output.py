@@ -1,6 +1,8 @@
 """What a run leaves in --output-dir: checkpoints, log.txt and TensorBoard events."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ class Output:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints = CheckpointWriter(self.folder)
-            self.events = SummaryWriter(args.output_dir, purge_step=progress["epoch"])
+            self.events: SummaryWriter | None = SummaryWriter(args.output_dir, purge_step=progress["epoch"])
             self.write_log(progress["history"])
         except OSError as error:
             raise UserError(f"cannot write to --output-dir {args.output_dir} ({error.strerror})") from error
@@ -45,13 +47,23 @@ class Output:
 
     def write_epoch(self, history: list[dict], pace: float, model: VisionTransformer) -> None:
         """log.txt, and the same in TensorBoard with pictures and the pace, which differs from run to run."""
-        if self.active:
-            try:
-                self._write_epoch(history, pace, model)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write to {self.folder} ({error.strerror}); its checkpoints are whole"
-                ) from error
+        self.tolerate(self._write_epoch, history, pace, model)
+
+    def write_summary(self, args: argparse.Namespace, gflops: dict[str, float], best: dict) -> None:
+        """For TensorBoard's HParams tab: the arguments with the best epoch's accuracy and the cost."""
+        self.tolerate(self._write_summary, args, gflops, best)
+
+    def tolerate(self, write: Callable, *arguments: object) -> None:
+        """Lets it write; a disk that is full costs an epoch's events, not the run."""
+        if not self.active:
+            return
+        try:
+            if self.events is None:
+                self.events = SummaryWriter(self.folder)
+            write(*arguments)
+        except OSError as error:
+            print(f"warning: cannot write to {self.folder} ({error.strerror})", file=sys.stderr, flush=True)
+            self.events = None  # a writer that has failed stays broken
 
     def _write_epoch(self, history: list[dict], pace: float, model: VisionTransformer) -> None:
         self.write_log(history)
@@ -60,18 +72,18 @@ class Output:
         for name, value in record.items():
             self.events.add_scalar(name, value, epoch)
         if hasattr(model, "score_predictor"):
-            self.events.add_image("kept patches", tensorboard_strips(model, self.sample[:NUM_PICTURES]), epoch)
-            self.events.add_image("keep scores", tensorboard_heat_maps(model, self.sample[:NUM_PICTURES]), epoch)
-            # a token dropped at an earlier stage has no score, and counts as not kept
-            expected_share = prune(model, self.sample).scores.nan_to_num(0.0).mean(dim=2)
-            for stage, shares in enumerate(expected_share.unbind(dim=1)):
-                self.events.add_histogram(f"kept share per image/stage {stage}", shares, epoch)
+            self._write_pictures(model, epoch)
         self.events.flush()
 
-    def write_summary(self, args: argparse.Namespace, gflops: dict[str, float], best: dict) -> None:
-        """For TensorBoard's HParams tab: the arguments with the best epoch's accuracy and the cost."""
-        if not self.active:
-            return
+    def _write_pictures(self, model: VisionTransformer, epoch: int) -> None:
+        self.events.add_image("kept patches", tensorboard_strips(model, self.sample[:NUM_PICTURES]), epoch)
+        self.events.add_image("keep scores", tensorboard_heat_maps(model, self.sample[:NUM_PICTURES]), epoch)
+        # a token dropped at an earlier stage has no score, and counts as not kept
+        expected_share = prune(model, self.sample).scores.nan_to_num(0.0).mean(dim=2)
+        for stage, shares in enumerate(expected_share.unbind(dim=1)):
+            self.events.add_histogram(f"kept share per image/stage {stage}", shares, epoch)
+
+    def _write_summary(self, args: argparse.Namespace, gflops: dict[str, float], best: dict) -> None:
         hparams = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in vars(args).items()
@@ -81,8 +93,7 @@ class Output:
         self.events.add_hparams(hparams, metrics, run_name=".")
 
     def close(self) -> None:
+        """Raises UserError if the last checkpoint could not be written."""
         if self.active:
-            try:
-                self.events.close()
-            finally:
-                self.checkpoints.wait()
+            self.tolerate(lambda: self.events.close())
+            self.checkpoints.wait()

@@ -1,18 +1,23 @@
 """What every training script needs and no method is about: processes, seeds, signals, messages."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
+import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from models import CheckpointError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -21,8 +26,12 @@ class UserError(Exception):
     """Something that the user can mend; shown as one line, without a traceback."""
 
 
-class ImageError(UserError):
-    """An image that cannot be read; only the process that met it knows."""
+class LocalError(UserError):
+    """One that only the process that met it knows of."""
+
+
+class ImageError(LocalError):
+    """An image that cannot be read."""
 
 
 def init_distributed(device: torch.device) -> None:
@@ -31,7 +40,33 @@ def init_distributed(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    # gloo for what lies on the CPU, as NCCL would have to wait for the GPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = forget_earlier_starts(store, rank, world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+
+
+def forget_earlier_starts(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """The launcher's store under a prefix that only these processes know.
+
+    The store outlives a restart by torchrun, which would then lead to the addresses of processes
+    that are gone (pytorch issue 135712). A name that is new with every start cannot be mistaken.
+    """
+    if rank > 0:
+        name = uuid.uuid4().hex
+        store.set(f"name of {rank}", name)
+        prefix = store.get(f"prefix for {name}").decode()  # waits for it
+        store.set(f"{prefix} known to {rank}", "")
+        return dist.PrefixStore(prefix, store)
+    prefix = uuid.uuid4().hex
+    others = range(1, world_size)
+    while not all(store.check([f"{prefix} known to {other}"]) for other in others):
+        for other in others:
+            if store.check([f"name of {other}"]):
+                store.set(f"prefix for {store.get(f'name of {other}').decode()}", prefix)
+        time.sleep(0.05)
+    return dist.PrefixStore(prefix, store)
 
 
 def pick_device(name: str) -> torch.device:
@@ -68,9 +103,29 @@ def log(message: str = "") -> None:
         print(message, flush=True)
 
 
+def exit_status(command: Callable[[], None]) -> int:
+    """Runs it, with what users can mend said in one line. Returns the program's exit status."""
+    try:
+        command()
+        return 0
+    except (UserError, CheckpointError, OSError) as error:
+        print_error(error)
+    except torch.OutOfMemoryError:
+        print_error(LocalError("the GPU's memory is too small; lower --batch-size and raise --update-freq"))
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        print_error(
+            LocalError(f"a loader process is gone, most likely for want of memory ({error}); lower --num-workers")
+        )
+    finally:
+        end_loader_processes()
+    return 2
+
+
 def print_error(error: Exception) -> None:
     """One line on stderr; from one process only, where all of them met the same error."""
-    if not is_main_process() and not isinstance(error, ImageError):
+    if not is_main_process() and not isinstance(error, LocalError):
         time.sleep(5)  # if rank 0 met the same, the launcher now ends this process
     # a loader process's error comes with its traceback before it
     message = str(error).splitlines()[-1].removeprefix("utils.ImageError: ")
@@ -80,6 +135,22 @@ def print_error(error: Exception) -> None:
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
+    return values
+
+
+def max_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Collective: call it in all of them."""
+    values = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather(value: object) -> list:
+    """Every process's value, in all of them."""
+    values = [value] * get_world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -106,9 +177,7 @@ class StopSignal:
     """Notes SIGTERM, SIGINT or SIGUSR1, for the training loop to end at a step that all processes agree on."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        # NCCL would need the GPU to be waited for
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.name = ""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -116,13 +185,32 @@ class StopSignal:
         self.name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
+    @property
     def received(self) -> bool:
-        """Whether any process has got one. Collective: call it in all of them."""
-        if self.group is None:
-            return self.name is not None
-        flag = torch.tensor(int(self.name is not None))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+        return bool(self.name)
+
+
+class SaveClock:
+    """Tells when a checkpoint is due: every so many steps, or minutes ("15m"); "0": never."""
+
+    def __init__(self, frequency: str) -> None:
+        """Raises UserError for anything else."""
+        self.in_minutes = frequency.endswith("m")
+        try:
+            self.interval = float(frequency[:-1]) if self.in_minutes else int(frequency)
+        except ValueError:
+            self.interval = -1
+        if not 0 <= self.interval < math.inf:
+            raise UserError(f"--save-freq is a number of steps (500) or of minutes (15m), got {frequency}")
+        self.restart()
+
+    def restart(self) -> None:
+        self.started = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        if self.in_minutes:
+            return time.monotonic() - self.started >= 60 * self.interval
+        return self.interval > 0 and step % self.interval == 0
 
 
 def ignore_stop_signals(_worker: int) -> None:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_MODEL, TINY_RUN, launch, run_main, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from main_dynamic_vit import run
+from main_dynamic_vit import command
 from models import read_checkpoint
+from utils import SaveClock, exit_status
 
 
 def distill(image_folder: Path, dense_run: Path) -> list[str]:
@@ -140,7 +142,7 @@ def refused(capfd: pytest.CaptureFixture):
     """
 
     def check(args: list, *expected: str) -> None:
-        assert run([str(arg) for arg in args]) == 2
+        assert exit_status(lambda: command([str(arg) for arg in args])) == 2
         lines = capfd.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         for text in expected:
@@ -268,6 +270,68 @@ def test_stopped_run_goes_on_to_the_same_end(
     result = launch([*launcher, str(MAIN), *args, "--resume", str(tmp_path / "stopped.pth")])
     assert result.returncode == 0, result.stderr
     assert "resumed with 2 process(es) instead of 1" in result.stdout
+
+
+def test_run_without_its_bad_images(refused, tmp_path: Path) -> None:
+    """Counted and listed at the end; and when they are taken away, a resumed run says that the data has changed."""
+    for part, count in (("train", 8), ("val", 4)):
+        for name in ("cats", "dogs"):
+            write_images(tmp_path / part / name, count)
+    bad = [tmp_path / "train" / "dogs" / "3.jpg", tmp_path / "val" / "cats" / "0.jpg"]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:200])
+    args = [*TINY_RUN, "--dense", "--data-path", tmp_path, "--output-dir", tmp_path / "run", "--no-repeated-aug"]
+    refused(args, "cannot read image")
+    result = run_main(*args, "--skip-bad-images", "--num-workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("\n".join(["skipped 2 image(s) that cannot be read:", *map(str, bad)]) + "\n")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert [line["val/images"] for line in lines] == [7, 7]
+
+    for path in bad:
+        path.unlink()
+    result = run_main(*args)
+    assert result.returncode == 0, result.stderr
+    assert "warning: the training data has changed since the checkpoint (16 images" in result.stdout
+    result = run_main(*args, "--eval")
+    assert "on 7 images" in result.stdout and "skipped" not in result.stdout
+
+
+def test_run_that_diverges(refused, image_folder: Path, tmp_path: Path) -> None:
+    """Ends with the checkpoint to go on from; its weights are finite."""
+    args = [*TINY_RUN, "--dense", "--data-path", image_folder, "--output-dir", tmp_path]
+    refused([*args, "--epochs", "8", "--lr", "1e38", "--warmup-epochs", "0"], "checkpoint_last.pth", "--clip-grad")
+    last = read_checkpoint(tmp_path / "checkpoint_last.pth")
+    assert all(value.isfinite().all() for value in last["model"].values())
+    assert last["history"][-1]["train/skipped_steps"] > 0
+
+
+def test_launcher_starts_a_run_again_that_has_gone_on_from_a_file(
+    refused, image_folder: Path, dense_run: Path, tmp_path: Path
+) -> None:
+    """It goes on where it stopped, not from the file; other arguments are another run."""
+    resume = ["--resume", dense_run / "checkpoint_last.pth"]
+    args = [*TINY_RUN, "--dense", "--data-path", image_folder, "--output-dir", tmp_path, *resume]
+    longer = [*args, "--epochs", "3"]
+    assert "resumed at epoch 2, step 0" in run_main(*longer).stdout
+    again = run_main(*longer)
+    assert again.returncode == 0 and "resumed at epoch 3, step 0" in again.stdout
+    refused([*args, "--epochs", "4"], "holds another run")
+
+
+@pytest.mark.parametrize("frequency", ["-1", "often", "-2m", "m", "1.5", "nanm"])
+def test_save_frequency(refused, frequency: str, image_folder: Path) -> None:
+    refused([*TINY_RUN, "--dense", "--data-path", image_folder, f"--save-freq={frequency}"], "--save-freq", "15m")
+
+
+def test_saving_by_the_clock() -> None:
+    clock = SaveClock("0.001m")
+    assert not clock.is_due(step=1)
+    time.sleep(0.07)
+    assert clock.is_due(step=1)
+    clock.restart()
+    assert not clock.is_due(step=1)
+    assert [step for step in range(7) if SaveClock("3").is_due(step)] == [0, 3, 6]
 
 
 def test_resume_of_another_kind_of_run(refused, image_folder: Path, dense_run: Path) -> None:

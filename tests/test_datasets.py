@@ -5,6 +5,7 @@ import hashlib
 import json
 import pickle
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,19 @@ import torch
 from conftest import write_images
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
-from datasets import AugmentedDataset, BatchTransform, build_dataset, build_transform, open_image
+from datasets import (
+    IGNORED_LABEL,
+    AugmentedDataset,
+    BatchTransform,
+    build_dataset,
+    build_source,
+    build_transform,
+    fingerprint,
+    open_image,
+)
 from main_dynamic_vit import parse_args
 from utils import ImageError, UserError
 
@@ -64,6 +75,58 @@ def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 300 - 1)
     with pytest.raises(ImageError, match="bomb.png"):
         open_image(str(path))
+
+
+def with_bad_images(root: Path, train: bool) -> tuple[AugmentedDataset, list[str]]:
+    """Images 0 to 4 of class 0 and one of class 1; 1, 2 and 5 are broken. Returns their paths, too."""
+    part = "train" if train else "val"
+    write_images(root / part / "a", 5)
+    write_images(root / part / "b", 1)
+    bad = [root / part / "a" / "1.jpg", root / part / "a" / "2.jpg", root / part / "b" / "0.jpg"]
+    for path, content in zip(bad, (b"", b"text", bad[2].read_bytes()[:300]), strict=True):
+        path.write_bytes(content)
+    return build_dataset(train, options("IMNET", root, "--skip-bad-images")), [str(path) for path in bad]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_next_good_image_stands_in_for_a_bad_one(tmp_path: Path, workers: int) -> None:
+    """Validation does not count it. Loader processes tell which ones were bad."""
+    train, bad = with_bad_images(tmp_path, train=True)
+    images, labels = next(iter(DataLoader(train, 6, sampler=[(i, 7) for i in range(6)], num_workers=workers)))
+    assert torch.equal(images[1], images[3]) and torch.equal(images[2], images[3])
+    assert torch.equal(images[5], images[0]) and not torch.equal(images[0], images[3])
+    assert labels.tolist() == [0] * 6 and train.bad_images() == bad
+    val, bad = with_bad_images(tmp_path, train=False)
+    _, labels = next(iter(DataLoader(val, 6, num_workers=workers)))
+    assert labels.tolist() == [0, IGNORED_LABEL, IGNORED_LABEL, 0, 0, IGNORED_LABEL] and val.bad_images() == bad
+
+
+def test_only_bad_images(tmp_path: Path) -> None:
+    train, _ = with_bad_images(tmp_path, train=True)
+    for path in tmp_path.glob("train/*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(ImageError):
+        train[0, 7]
+
+
+def test_fingerprint_is_of_the_content_and_not_the_place(tmp_path: Path) -> None:
+    write_images(tmp_path / "here" / "train" / "a", 3)
+    write_images(tmp_path / "here" / "train" / "b", 3)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+
+    def taken(place: str) -> str:
+        return fingerprint(build_source(True, options("IMNET", tmp_path / place)))
+
+    folder, before = tmp_path / "there" / "train", taken("here")
+    assert taken("there") == before
+    (folder / "a" / "0.jpg").rename(folder / "a" / "9.jpg")
+    renamed = taken("there")
+    (folder / "a" / "9.jpg").rename(folder / "b" / "9.jpg")
+    moved = taken("there")
+    (folder / "b" / "9.jpg").write_bytes(b"other")
+    resized = taken("there")
+    (folder / "b" / "9.jpg").unlink()
+    assert len({before, renamed, moved, resized, taken("there")}) == 5
 
 
 def test_labels_are_ranks_of_the_training_folders(tmp_path: Path) -> None:
@@ -171,7 +234,7 @@ def test_strongest_posterize_is_survived() -> None:
     """RandAugment at magnitude 10 keeps 0 bits, which some Pillow versions refuse."""
     args = parse_args(["--input-size", "32", "--aa", "rand-m10-n8-inc1"])
     source = [(Image.effect_noise((40, 40), 60).convert("RGB"), 0)]
-    train = AugmentedDataset(source, build_transform(True, args))
+    train = AugmentedDataset(source, build_transform(True, args), train=True)
     for seed in range(60):
         train[0, seed]
 

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import utils
-from datasets import BatchTransform
-from engine import MAX_BAD_STEPS, RunningMeans, Trainer, evaluate, train_one_epoch, update_weights
+from datasets import IGNORED_LABEL, BatchTransform
+from engine import MAX_BAD_STEPS, Diverged, RunningMeans, Trainer, evaluate, train_one_epoch, update_weights
 from losses import DistillDiffPruningLoss, LabelLoss
 from main_dynamic_vit import build_scaler
 from models import Teacher, create_model
@@ -119,6 +119,15 @@ def test_evaluation_of_fewer_than_five_classes() -> None:
     assert stats == pytest.approx({"top1": 50, "top5": 100, "loss": loss, "images": 4})
 
 
+def test_evaluation_leaves_ignored_labels_out() -> None:
+    images = ranked_images(6, (*PLACES, 3, 0))
+    images.tensors[1][7:] = IGNORED_LABEL
+    assert evaluate_ranking(6, DataLoader(images, 4), sharded=False) == pytest.approx(SIX_CLASSES)
+    images.tensors[1][:] = IGNORED_LABEL
+    with pytest.raises(utils.UserError, match="no image"):
+        evaluate_ranking(6, DataLoader(images, 4), sharded=False)
+
+
 def test_evaluation_is_of_the_eval_mode_and_learns_nothing() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Dropout(0.5)).train()
@@ -163,7 +172,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     # one process's images are not finite: all of them must leave the step out
     images, labels = vector_batches(1, 2)[0]
     images = images * math.nan if rank == 1 else images
-    results["bad_steps"] = train(trainer, [(images, labels)] * 2)["bad_steps"]
+    results["skipped_steps"] = train(trainer, [(images, labels)] * 2)["skipped_steps"]
     results["weights_after_bad_step"] = weights(trainer.model).tolist()
     (folder / f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
@@ -202,7 +211,7 @@ def test_processes_train_as_one(results: list[dict]) -> None:
 
 def test_processes_skip_a_bad_step_together(results: list[dict]) -> None:
     for result in results:
-        assert result["bad_steps"] == 1
+        assert result["skipped_steps"] == 1
         assert result["weights_after_bad_step"] == result["weights"]
 
 
@@ -231,7 +240,7 @@ def test_step_by_hand() -> None:
         nn.init.zeros_(parameter)
     images, labels = torch.tensor([[1.0, 2, 0, 0, 0, 0]]), torch.tensor([2])
     means = train(linear_trainer(model), [(images, labels)])
-    assert means == pytest.approx({"loss": math.log(3), "bad_steps": 0})
+    assert means == pytest.approx({"loss": math.log(3), "skipped_steps": 0})
     assert model.bias.tolist() == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
     assert model.weight[:, :3].flatten().tolist() == pytest.approx(
         [-1 / 3, -2 / 3, 0, -1 / 3, -2 / 3, 0, 2 / 3, 4 / 3, 0]
@@ -246,13 +255,13 @@ def test_bad_gradient_changes_nothing(amp_dtype: torch.dtype | None) -> None:
     trainer = linear_trainer(model, optimizer=optimizer, amp_dtype=amp_dtype)
     good = vector_batches(1, 4)[0]
     bad = (good[0].clone().index_fill(0, torch.tensor([2]), math.nan), good[1])
-    assert train(trainer, [good])["bad_steps"] == 0
+    assert train(trainer, [good])["skipped_steps"] == 0
     before = [weights(model), *flat_state(optimizer)]
-    assert train(trainer, [bad])["bad_steps"] == 1
+    assert train(trainer, [bad])["skipped_steps"] == 1
     after = [weights(model), *flat_state(optimizer)]
     assert len(after) == len(before) == 1 + 3 * 2
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    assert train(trainer, [good])["bad_steps"] == 0
+    assert train(trainer, [good])["skipped_steps"] == 0
     assert not torch.equal(weights(model), before[0]) and weights(model).isfinite().all()
     assert flat_state(optimizer)[0] == 2
 
@@ -265,7 +274,7 @@ def test_one_bad_batch_spoils_its_accumulated_step_only() -> None:
     trainer = linear_trainer(update_freq=2)
     batches = vector_batches(4, 4)
     batches[1][0][0] = math.inf
-    assert train(trainer, batches)["bad_steps"] == 0.5
+    assert train(trainer, batches)["skipped_steps"] == 1
     expected = linear_trainer()
     train(expected, [merge(batches[2:])])
     torch.testing.assert_close(weights(trainer.model), weights(expected.model))
@@ -276,8 +285,8 @@ def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
     bad = (good[0] * math.nan, good[1])
     almost = [bad] * (MAX_BAD_STEPS - 1)
     means = train(linear_trainer(), [*almost, good, *almost, good])
-    assert means["bad_steps"] == pytest.approx((MAX_BAD_STEPS - 1) / MAX_BAD_STEPS)
-    with pytest.raises(utils.UserError, match="not finite"):
+    assert means["skipped_steps"] == 2 * (MAX_BAD_STEPS - 1) and math.isfinite(means["loss"])
+    with pytest.raises(Diverged, match="not finite"):
         train(linear_trainer(), [good, *almost, bad, good])
 
 
@@ -286,7 +295,7 @@ def test_bad_steps_count_across_epochs() -> None:
     trainer = linear_trainer()
     half = [(good[0] * math.nan, good[1])] * (MAX_BAD_STEPS // 2)
     train(trainer, half, epoch=0)
-    with pytest.raises(utils.UserError):
+    with pytest.raises(Diverged):
         train(trainer, half, epoch=1)
 
 
@@ -377,8 +386,8 @@ def test_mixed_precision_stays_finite(kind: str, amp_dtype: torch.dtype) -> None
     start = weights(trainer.model)
     means = train(trainer, image_batches(6))
     assert all(math.isfinite(value) for value in means.values())
-    assert set(means) == {"loss", "cls", "ratio", "cls_kl", "token", "kept_0", "kept_1", "bad_steps"}
-    assert means["bad_steps"] < 0.5  # float16 looks for its loss scale first
+    assert set(means) == {"loss", "cls", "ratio", "cls_kl", "token", "kept_0", "kept_1", "skipped_steps"}
+    assert means["skipped_steps"] < 3  # float16 looks for its loss scale first
     assert weights(trainer.model).isfinite().all() and not torch.equal(weights(trainer.model), start)
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
     stats = evaluate(trainer.model, image_batches(2), BatchTransform(CPU), CPU, amp_dtype, sharded=False)

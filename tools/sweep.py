@@ -25,7 +25,7 @@ from datasets import BatchTransform, build_dataset
 from engine import autocast
 from flops import count_gflops
 from main_dynamic_vit import loader_options, pick_amp
-from models import CheckpointError, geometric_keep_rates
+from models import geometric_keep_rates
 from tools.visualize import RUNS, add_model_options, load_model
 from utils import UserError, log
 
@@ -200,15 +200,9 @@ def plot(rows: Sequence[dict], title: str) -> "Figure":
     return figure
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """main, with what users can mend said in one line. Returns the exit status."""
-    try:
-        main(build_parser().parse_args(argv))
-        return 0
-    except (UserError, CheckpointError, OSError) as error:
-        utils.print_error(error)
-        return 2
+def command(argv: Sequence[str] | None = None) -> None:
+    main(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(utils.exit_status(command))

@@ -22,7 +22,7 @@ import utils
 from checkpoints import BEST, LAST
 from datasets import build_source, build_transform, open_image
 from main_dynamic_vit import build_model, parse_args
-from models import ARCHS, CheckpointError, find_weights, load_weights, read_checkpoint
+from models import ARCHS, find_weights, load_weights, read_checkpoint
 from utils import UserError, log
 
 RUNS = Path("logs")
@@ -194,15 +194,9 @@ def best_guess(logits: Tensor, classes: Sequence[str]) -> str:
     return f"{classes[index]}, {probability:.1%}"
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """main, with what users can mend said in one line. Returns the exit status."""
-    try:
-        main(build_parser().parse_args(argv))
-        return 0
-    except (UserError, CheckpointError, OSError) as error:
-        utils.print_error(error)
-        return 2
+def command(argv: Sequence[str] | None = None) -> None:
+    main(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(utils.exit_status(command))
