@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_images
 from torch._dynamo.testing import CompileCounter
 
 from flops import count_gflops
@@ -49,6 +50,16 @@ def test_inference_report(tmp_path: Path) -> None:
     assert dynamic["gflops"] == pytest.approx(count_gflops(create_model("deit_tiny", 0.5, img_size=32), 32))
     assert dynamic["gflops_ratio"] == pytest.approx(dense["gflops"] / dynamic["gflops"])
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in report["rows"])
+
+
+def test_input_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_images(tmp_path / "train" / "cats", 3)
+    benchmark.main(["--input", str(tmp_path), "--img-size", "32", "--repeats", "2", "--json", str(tmp_path / "x.json")])
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["images"] == 3 and report["median_pixels"] == 40 * 36 and report["images_per_s_and_core"] > 0
+    assert "images_per_s_and_core" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        benchmark.main(["--input", str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
@@ -94,13 +105,14 @@ def test_user_errors_are_one_line(args: list[str], message: str, capsys: pytest.
 
 
 @pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
-def test_evaluation_is_one_graph_and_compiled_once(arch: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_is_one_graph_and_compiled_once(arch: str, dtype: torch.dtype) -> None:
     model = create_model(arch, img_size=64, embed_dim=16, num_heads=2, depth=4, pruning_loc=[1, 2, 3], num_classes=5)
-    model.eval()
+    model.eval().to(dtype)
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
         for _ in range(3):
-            images = torch.randn(2, 3, 64, 64)
+            images = torch.randn(2, 3, 64, 64, dtype=dtype)
             torch.testing.assert_close(compiled(images), model(images))
     assert counter.frame_count == 1

@@ -491,6 +491,45 @@ def test_combined_heads_by_hand() -> None:
     assert combine_heads(torch.tensor([[1.0, 1.0, 1.0]]), token_logits).tolist() == [[2.0, 0.0, 4.0]]
 
 
+# --- Precision
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictors_learn_the_same_in_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradient, with a teacher and the same decisions, has the direction of float32's."""
+    images, labels = random_images(count=16), torch.randn(16, 5).softmax(dim=-1)
+    decisions = (torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(2)) < 0.8).float().cumprod(dim=0)
+    gradients = []
+    for amp_dtype in (None, torch.bfloat16):
+        model, teacher = build(kind, mlp_ratio=1).train(), Teacher(build(kind, dense=True))
+        criterion = DistillDiffPruningLoss(teacher, SoftTargetCrossEntropy(), RATES, mse_token=kind == "deit_small")
+        # straight through: these decisions, with the gradient of the probabilities
+        stages = iter(decisions)
+        monkeypatch.setattr(
+            pruning,
+            "sample_keep_decision",
+            lambda log_probs, stages=stages: next(stages) + (p := log_probs.float().exp()[..., 0]) - p.detach(),
+        )
+        with autocast(amp_dtype):
+            loss, _ = criterion(images, model(images), labels)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.score_predictor.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("half_weights", [False, True], ids=["autocast", "weights"])
+def test_evaluation_in_bfloat16(kind: str, half_weights: bool) -> None:
+    model, images = build(kind, keep_rates=(1, 1, 1)), random_images()  # a close choice would be another one
+    expected = model(images)
+    if half_weights:
+        logits = model.bfloat16()(images.bfloat16())
+    else:
+        with autocast(torch.bfloat16):
+            logits = model(images)
+    assert torch.cosine_similarity(logits.float(), expected, dim=1).min() > 0.99
+
+
 # --- What does not fit
 
 

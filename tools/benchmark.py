@@ -17,20 +17,25 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from datasets import AugmentedDataset, LabelledFiles, build_transform
 from flops import gflops_of
 from losses import DiffPruningLoss, DistillDiffPruningLoss
+from main_dynamic_vit import parse_args
 from models import ARCHS, Teacher, combine_heads, create_model
 
 NUM_CLASSES = 1000
 SCALING_SIZES = (160, 224, 288, 384, 512)
 SCALING_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 WARMUP_ROUNDS = 3  # as many as CUDA graphs need to be recorded
+INPUT_IMAGES = 200  # of a folder, at most
 LATENCY_ROUNDS = 10  # times --repeats, as batch 1 is short and a 95th percentile needs many
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}  # on a GPU several, so that its queue stays filled as in real use
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 COLUMNS = {  # of the printed table, by their names in the JSON file: heading, width, decimals
     "img_size": ("size", 4, 0),
     "base_rate": ("rate", 4, 2),
@@ -63,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep-rates", type=float, nargs="+", help="instead: shares of the original tokens, by stage")
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--amp", choices=("off", *AMP_DTYPES), default="off", help="autocast to this precision")
+    parser.add_argument("--amp", choices=AMP_DTYPES, default="off", help="in inference of weights and images too")
     parser.add_argument("--device", choices=STEPS_PER_TURN, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--compile",
@@ -74,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--train", action="store_true", help="measure training steps instead of inference")
     parser.add_argument("--scaling", action="store_true", help="measure a range of input sizes and of base rates")
+    parser.add_argument(
+        "--input", type=Path, help="measure instead how fast one core reads and augments the images of this folder"
+    )
     parser.add_argument("--repeats", type=int, default=20, help="rounds that are measured, after a warm-up")
     parser.add_argument("--json", type=Path, help="write the results to this file, too")
     return parser
@@ -84,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         check(args)
-        report = run(args)
+        report = measure_input(args) if args.input else run(args)
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
     except torch.OutOfMemoryError:
@@ -101,6 +109,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("no CUDA device on this machine")
     if args.scaling and args.keep_rates:
         raise ValueError("--scaling varies the base rate, so it cannot go with --keep-rates")
+    if args.input and not args.input.is_dir():
+        raise ValueError(f"no such folder: {args.input}")
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"no such directory: {args.json.parent}")
 
@@ -120,6 +130,32 @@ def run(args: argparse.Namespace) -> dict:
     return setup | {"settings": settings, "rows": rows}
 
 
+def measure_input(args: argparse.Namespace) -> dict:
+    """The training transform, as a loader process runs it; prints images/s of a core, and returns it for --json."""
+    torch.set_num_threads(1)
+    options = parse_args(["--input-size", str(args.img_size)])
+    paths = sorted(path for path in args.input.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)[:INPUT_IMAGES]
+    if not paths:
+        raise ValueError(f"no images in {args.input}")
+    data_set = AugmentedDataset(
+        LabelledFiles([(str(path), 0) for path in paths], [""], args.input), build_transform(True, options), True
+    )
+    paces = []
+    for repeat in range(args.repeats):
+        start = time.perf_counter()
+        for i in range(len(paths)):
+            data_set[i, repeat]
+        paces.append(len(paths) / (time.perf_counter() - start))
+    sizes = [Image.open(path).size for path in paths]
+    report = {
+        "images": len(paths),
+        "median_pixels": float(np.median([width * height for width, height in sizes])),
+        "images_per_s_and_core": float(np.median(paces)),
+    }
+    print(", ".join(f"{name} {value:.0f}" for name, value in report.items()))
+    return report
+
+
 def points(args: argparse.Namespace) -> list[tuple[int, float]]:
     """The (input size, base rate) pairs to measure."""
     if not args.scaling:
@@ -129,7 +165,8 @@ def points(args: argparse.Namespace) -> list[tuple[int, float]]:
 
 def measure(args: argparse.Namespace, img_size: int, base_rate: float) -> list[dict]:
     """A row per contender, the dense one first. Both ratios are to the dense one; above 1 is better."""
-    images = torch.randn(args.batch_size, 3, img_size, img_size, device=args.device)
+    dtype = None if args.train else AMP_DTYPES[args.amp]
+    images = torch.randn(args.batch_size, 3, img_size, img_size, device=args.device, dtype=dtype)
     labels = torch.randn(args.batch_size, NUM_CLASSES, device=args.device).softmax(dim=-1)
     steps, rows = {}, []
     for name, build in (training_builders if args.train else inference_builders)(args, img_size, base_rate).items():
@@ -156,12 +193,11 @@ def inference_builders(args: argparse.Namespace, img_size: int, base_rate: float
     dense, dynamic = make_models(args, img_size, base_rate)
 
     def build(model: nn.Module) -> Contender:
-        model.to(args.device).eval()
+        model.to(args.device, AMP_DTYPES[args.amp]).eval()
 
         @torch.inference_mode()
         def step(images: Tensor, labels: Tensor) -> None:
-            with autocast(args):
-                model(images)
+            model(images)
 
         return Contender(step, [model])
 
@@ -217,7 +253,7 @@ def make_models(args: argparse.Namespace, img_size: int, base_rate: float) -> tu
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(args.device, AMP_DTYPES.get(args.amp), enabled=args.amp != "off")
+    return torch.autocast(args.device, AMP_DTYPES[args.amp], enabled=args.amp != "off")
 
 
 def prepare(
