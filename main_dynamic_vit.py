@@ -274,11 +274,11 @@ def describe(
     val_set: AugmentedDataset,
     device: torch.device,
 ) -> None:
-    log(f"{args.arch} dense: {megas(build_model(args, dense=True)):.2f} M parameters, {gflops['dense']:.3f} GFLOPs")
+    log(f"{args.arch} dense: {megas(build_model(args, dense=True)):.2f} M parameters, {gflops['dense']:.4g} GFLOPs")
     if not args.dense:
         patches = model.patch_embed.num_patches
         log(
-            f"{args.arch} dynamic: {megas(model):.2f} M parameters, {gflops['dynamic']:.3f} GFLOPs "
+            f"{args.arch} dynamic: {megas(model):.2f} M parameters, {gflops['dynamic']:.4g} GFLOPs "
             f"({gflops['dynamic'] / gflops['dense']:.1%} of dense); before blocks {list(model.pruning_loc)} "
             f"{model.tokens_kept(patches)} of {patches} tokens are kept"
         )
@@ -540,7 +540,7 @@ def print_summary(args: argparse.Namespace, gflops: dict[str, float], dense: dic
         rows.append((f"{kind}, moving average", gflops[kind], best["val_ema/top1"], best["val_ema/top5"]))
     log(f"\n{args.arch:<30}{'GFLOPs':>10}{'top-1 %':>10}{'top-5 %':>10}")
     for name, *numbers in rows:
-        log(f"{name:<30}{numbers[0]:>10.3f}{numbers[1]:>10.2f}{numbers[2]:>10.2f}")
+        log(f"{name:<30}{numbers[0]:>10.4g}{numbers[1]:>10.2f}{numbers[2]:>10.2f}")
 
 
 def list_bad_images(paths: list[str]) -> None:
@@ -556,6 +556,7 @@ def command(argv: list[str] | None = None) -> None:
     try:
         main(parse_args(argv))
     except Stopped as stopped:
+        utils.ignore_stop_signals()
         log(f"{stopped}; the same command goes on from there")
     if dist.is_initialized():  # not after an error: it would wait for processes that know nothing of it
         dist.destroy_process_group()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from models import CheckpointError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ONE_SIGNAL_SECONDS = 5  # Ctrl-C comes from the terminal and again from torchrun, which passes it on
 
 
 class UserError(Exception):
@@ -178,12 +179,16 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
+        self.noted_at = 0.0
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if not self.name:
+            self.name, self.noted_at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self.noted_at > ONE_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)  # whoever asks twice wants it to end at once
 
     @property
     def received(self) -> bool:
@@ -213,8 +218,8 @@ class SaveClock:
         return self.interval > 0 and step % self.interval == 0
 
 
-def ignore_stop_signals(_worker: int) -> None:
-    """For loader processes: their trainer ends them, after it has saved."""
+def ignore_stop_signals(_worker: int | None = None) -> None:
+    """For loader processes, which their trainer ends after it has saved, and for a program that is ending anyway."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -135,6 +135,8 @@ def test_signalled_again_and_again(seed: int, options: list[str], undisturbed: P
         after_steps(process, rng, most=4)
         process.send_signal(number)
         signalled = time.monotonic()
+        time.sleep(0.05)
+        process.send_signal(number)  # a launcher passes on what the processes have got already
         output = finish(process)
         assert time.monotonic() - signalled < 20
         assert f"{number.name} received: saved" in output
@@ -245,13 +247,19 @@ def workers_of(launcher: subprocess.Popen) -> list[int]:
     return [int(child) for child in children if MAIN.name in Path(f"/proc/{child}/cmdline").read_text()]
 
 
-def test_signal_to_torchrun(options: list[str], undisturbed_pair: Path, tmp_path: Path) -> None:
-    """Preemption as Slurm does it: SIGTERM to the launcher."""
+@pytest.mark.parametrize(
+    ("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)], ids=["preemption", "ctrl-c"]
+)
+def test_signal_to_torchrun(
+    number: int, send: Callable, options: list[str], undisturbed_pair: Path, tmp_path: Path
+) -> None:
+    """To the launcher alone, or to all processes, which get it from the launcher once more."""
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
     process = start([*options, "--save-freq", "0"], tmp_path, launcher)
     after_steps(process, random.Random(0))
-    process.terminate()
-    assert "SIGTERM received: saved" in process.stdout.read()
+    send(process.pid, number)
+    output = process.stdout.read()
+    assert f"{signal.Signals(number).name} received: saved" in output, output
     process.wait()
     assert_whole(tmp_path)
     finish(start(options, tmp_path, launcher))
