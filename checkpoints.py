@@ -28,8 +28,6 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
 
     An earlier run in --output-dir is gone on with or left alone, never overwritten: UserError.
     """
-    if args.output_dir and not args.eval and is_main_process():
-        make_writable(Path(args.output_dir))
     last = Path(args.output_dir) / LAST if args.output_dir else None
     held = last is not None and last.is_file()
     if args.resume == "auto":
@@ -56,8 +54,9 @@ def read_run(args: argparse.Namespace) -> dict | None:
     Machines need not share a file system, and after a restart rank 0 may be on another one than
     before: the newest file that any of them holds is read, by one process for all.
     """
+    _, unwritable = attempt(make_writable, args)
     path, error = attempt(find_checkpoint, args)
-    ages, errors = zip(*gather((modification_time(path), error)), strict=True)
+    ages, errors = zip(*gather((modification_time(path), unwritable or error)), strict=True)
     raise_first(errors)  # all processes, so that none waits for a lost peer
     if max(ages) < 0:
         return None
@@ -74,8 +73,19 @@ def attempt(action: Callable, *arguments: object) -> tuple[object, Exception | N
     """The action's result, or the error that it ended in."""
     try:
         return action(*arguments), None
-    except (UserError, CheckpointError) as error:
+    except (UserError, CheckpointError, OSError) as error:
         return None, error
+
+
+def check_sums(path: Path) -> None:
+    """torch.load compares no checksums. For our own files only, as other programs may leave them out."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() is not None
+    except Exception:  # what a damaged directory leads to
+        damaged = True
+    if damaged:
+        raise CheckpointError(f"{path} is damaged")
 
 
 def raise_first(errors: Iterable[Exception | None]) -> None:
@@ -95,9 +105,8 @@ def read_and_check(args: argparse.Namespace, path: Path) -> dict:
     best = path.with_name(BEST)
     try:
         content = read_checkpoint(path)
-        # torch.load compares no checksums; ours are right, those of other programs' files need not be
-        if "history" in content and zipfile.ZipFile(path).testzip() is not None:
-            raise CheckpointError(f"{path} is damaged")
+        if not {"history", "optimizer"}.isdisjoint(content):
+            check_sums(path)
     except CheckpointError as error:
         if path.name == LAST and best.is_file():
             raise CheckpointError(f"{error}; to go on from the best epoch: cp {best} {path}") from error
@@ -108,7 +117,11 @@ def read_and_check(args: argparse.Namespace, path: Path) -> dict:
     return content
 
 
-def make_writable(folder: Path) -> None:
+def make_writable(args: argparse.Namespace) -> None:
+    """Makes the --output-dir of a training run. UserError if nothing can be written there."""
+    if not args.output_dir or args.eval or not is_main_process():
+        return
+    folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -155,10 +168,13 @@ def restore(trainer: Trainer, content: dict) -> RunningMeans:
     """Puts a checkpoint's state into the trainer; returns the sums of the epoch that it stopped in."""
     if "optimizer" not in content or "history" not in content:
         raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
+    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
     try:
         trainer.optimizer.load_state_dict(content["optimizer"])
     except ValueError as error:
         raise UserError("the run to resume trained another kind of model; start from it with --pretrained") from error
+    for group, decay in zip(trainer.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay  # as asked for now; the rates are set anew at every step
     load_weights(unwrap(trainer.model), find_weights(content))
     if trainer.ema is not None:
         load_weights(trainer.ema.module, find_weights({"model": content["model_ema"] or content["model"]}))
@@ -175,34 +191,41 @@ def restore(trainer: Trainer, content: dict) -> RunningMeans:
 class CheckpointWriter:
     """Writes checkpoints in the background; training waits for the copy only. Used by rank 0.
 
-    A checkpoint that cannot be written leaves the one before it as it is: a warning, as the next
-    one may find room again. Only where the last one of all fails does wait() raise.
+    One that cannot be written leaves the file before it as it is, and is tried again with the next.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future | None = None
-        for leftover in folder.glob("*.tmp"):  # of a run that was killed
-            leftover.unlink()
+        self.owed: dict[str, dict] = {}  # by file name: the content that has to be written yet
+        for name in (LAST, BEST):  # of a run that was killed
+            temporary_path(folder / name).unlink(missing_ok=True)
 
     def save(self, content: dict, names: tuple[str, ...] = (LAST,)) -> None:
         if self.pending is not None:
-            self.pending.exception()  # waits
-        self.pending = self.thread.submit(self._write, copy_to_cpu(content), names)
+            self.pending.result()
+        self.owed |= dict.fromkeys(names, copy_to_cpu(content))
+        self.pending = self.thread.submit(self._write)
 
-    def _write(self, content: dict, names: tuple[str, ...]) -> None:
-        for name in names:
+    def _write(self) -> None:
+        for name, content in list(self.owed.items()):
             try:
                 write_checkpoint(content, self.folder / name)
+                del self.owed[name]
             except UserError as error:
                 print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)
-                raise
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk; raises what went wrong with it."""
+        """Until all is on disk; raises UserError if that cannot be."""
         if self.pending is not None:
             self.pending.result()
+        for name, content in self.owed.items():
+            write_checkpoint(content, self.folder / name)
+
+
+def temporary_path(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
 
 
 def copy_to_cpu(value: object) -> object:
@@ -218,7 +241,7 @@ def copy_to_cpu(value: object) -> object:
 
 def write_checkpoint(content: dict, path: Path) -> None:
     """Writes aside, flushes and renames: path is whole at any moment, even if the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)

@@ -7,7 +7,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
 NATIVE_SIZE = {"CIFAR": 32, "CIFAR10": 32}
 EVAL_CROP = 224 / 256  # DeiT: resize to 256, cut out the central 224
 IGNORED_LABEL = -100  # of an image that does not count; torch's own default for this
+MAX_BAD_IMAGES = 100  # in a row; more look like a disk that is gone
 NUM_SIZES = 1000  # files whose sizes are part of the fingerprint: to ask for a million takes minutes
 
 
@@ -64,14 +65,14 @@ class AugmentedDataset(Dataset):
     def read(self, index: int) -> tuple[Image.Image, int]:
         if not self.skip_bad:
             return self.source[index]
-        for candidate in chain(range(index, len(self)), range(index)):
+        for candidate in islice(chain(range(index, len(self)), range(index)), MAX_BAD_IMAGES):
             try:
                 image, label = self.source[candidate]
             except ImageError:
                 self.is_bad[candidate] = 1
             else:
                 return image, label if self.train or candidate == index else IGNORED_LABEL
-        raise ImageError("none of the images can be read")
+        raise ImageError(f"none of {self.source.samples[index][0]} and the images after it can be read")
 
     def bad_images(self) -> list[str]:
         """Those that any process has met so far. Collective: call it in all of them."""

@@ -39,6 +39,7 @@ class Trainer:
     seed: int = 0
     print_freq: int = 50
     bad_steps_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    longest_bad_row: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 def train_one_epoch(
@@ -112,6 +113,7 @@ def update_weights(trainer: Trainer) -> Tensor:
         trainer.ema.update(unwrap(trainer.model))
     bad = (~norm.isfinite()).float()
     trainer.bad_steps_in_a_row = (trainer.bad_steps_in_a_row.to(trainer.device) + bad) * bad
+    trainer.longest_bad_row = torch.maximum(trainer.longest_bad_row.to(trainer.device), trainer.bad_steps_in_a_row)
     return bad
 
 
@@ -120,8 +122,8 @@ class Diverged(Exception):
 
 
 def stop_if_diverged(trainer: Trainer) -> None:
-    if trainer.bad_steps_in_a_row.item() >= MAX_BAD_STEPS:
-        raise Diverged(f"the last {MAX_BAD_STEPS} steps or more all had gradients that are not finite")
+    if trainer.longest_bad_row.item() >= MAX_BAD_STEPS:
+        raise Diverged(f"{MAX_BAD_STEPS} steps in a row or more had gradients that are not finite")
 
 
 @torch.inference_mode()

@@ -160,6 +160,7 @@ def main(args: argparse.Namespace) -> None:
         list_bad_images(val_set.bad_images())
         return
     run = Run(args, model, teacher, gflops, train_set, val_loader, device, earlier)
+    del earlier  # all of a run, in memory
     best = run.to_the_end()
     print_summary(args, gflops, run.progress["dense"], best)
     list_bad_images(run.progress["bad_images"])
@@ -185,6 +186,9 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("seed", "num_workers", "weight_decay", "warmup_epochs", "mixup", "cutmix"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative, got {getattr(args, name)}")
+    if args.clip_grad is not None and args.clip_grad <= 0:
+        raise UserError(f"--clip-grad must be positive, got {args.clip_grad}")
+    utils.SaveClock(args.save_freq)
     if not 0 <= args.smoothing < 1:
         raise UserError(f"--smoothing must lie in [0, 1), got {args.smoothing}")
     if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2 and not args.eval:
@@ -359,6 +363,7 @@ class Run:
         if teacher is not None and self.progress["dense"] is None:
             self.progress["dense"] = run_evaluation(args, teacher.vit, val_loader, device)
             report_accuracy("dense teacher", self.progress["dense"])
+        self.saved = bool(earlier and args.output_dir)
         self.stop = utils.StopSignal()
 
     @property
@@ -386,10 +391,9 @@ class Run:
             self.output.write_summary(self.args, self.gflops, best)
             return best
         except Diverged as error:
-            raise UserError(
-                f"{error}; the weights of before them are in {self.output.folder / LAST}: go on from "
-                "there (--resume, another --output-dir) with --clip-grad 1, a lower --lr or another --seed"
-            ) from error
+            last = Path(self.args.output_dir) / LAST
+            advice = f"go on from {last} (--resume, another --output-dir)" if self.saved else "start again"
+            raise UserError(f"{error}; {advice} with --clip-grad 1, a lower --lr or another --seed") from error
         finally:
             self.output.close()
 
@@ -411,7 +415,11 @@ class Run:
             self.raise_stopped(f"saved at epoch {self.progress['epoch']}, step {done}")
 
     def raise_stopped(self, where: str) -> None:
-        raise Stopped(f"{self.stop.name or 'a signal'} received: {where}")
+        if self.args.output_dir:
+            outcome = f"{where}; the same command goes on from there"
+        else:
+            outcome = "without --output-dir nothing is saved"
+        raise Stopped(f"{self.stop.name or 'a signal'} received: {outcome}")
 
     def validate(self) -> dict[str, float]:
         """Returns what log.txt says of it, for the weights and for their moving average."""
@@ -446,6 +454,7 @@ class Run:
         self.progress["bad_images"] = sorted(known)
         self.output.save({**run_state(self.trainer, self.sums), **self.progress, "args": vars(self.args)}, names)
         self.save_clock.restart()
+        self.saved = bool(self.args.output_dir)
 
 
 def build_train_loader(train_set: AugmentedDataset, args: argparse.Namespace) -> tuple[DataLoader, int]:
@@ -557,7 +566,7 @@ def command(argv: list[str] | None = None) -> None:
         main(parse_args(argv))
     except Stopped as stopped:
         utils.ignore_stop_signals()
-        log(f"{stopped}; the same command goes on from there")
+        log(str(stopped))
     if dist.is_initialized():  # not after an error: it would wait for processes that know nothing of it
         dist.destroy_process_group()
 

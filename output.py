@@ -27,7 +27,6 @@ class Output:
         if not self.active:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints = CheckpointWriter(self.folder)
             self.events: SummaryWriter | None = SummaryWriter(args.output_dir, purge_step=progress["epoch"])
             self.write_log(progress["history"])
@@ -95,5 +94,6 @@ class Output:
     def close(self) -> None:
         """Raises UserError if the last checkpoint could not be written."""
         if self.active:
-            self.tolerate(lambda: self.events.close())
+            if self.events is not None:
+                self.tolerate(self.events.close)
             self.checkpoints.wait()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from models import CheckpointError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+START_SECONDS = 1800  # for all processes to have started, and for each exchange between them
 ONE_SIGNAL_SECONDS = 5  # Ctrl-C comes from the terminal and again from torchrun, which passes it on
 
 
@@ -45,7 +46,8 @@ def init_distributed(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = forget_earlier_starts(store, rank, world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=30))
+    timeout = timedelta(seconds=START_SECONDS)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def forget_earlier_starts(store: dist.Store, rank: int, world_size: int) -> dist.Store:
@@ -62,10 +64,13 @@ def forget_earlier_starts(store: dist.Store, rank: int, world_size: int) -> dist
         return dist.PrefixStore(prefix, store)
     prefix = uuid.uuid4().hex
     others = range(1, world_size)
+    started = time.monotonic()
     while not all(store.check([f"{prefix} known to {other}"]) for other in others):
         for other in others:
             if store.check([f"name of {other}"]):
                 store.set(f"prefix for {store.get(f'name of {other}').decode()}", prefix)
+        if time.monotonic() - started > START_SECONDS:
+            raise UserError(f"not all of the {world_size} processes have started within {START_SECONDS} s")
         time.sleep(0.05)
     return dist.PrefixStore(prefix, store)
 
@@ -114,11 +119,13 @@ def exit_status(command: Callable[[], None]) -> int:
     except torch.OutOfMemoryError:
         print_error(LocalError("the GPU's memory is too small; lower --batch-size and raise --update-freq"))
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if str(error).startswith("DataLoader worker"):
+            reason = f"a loader process is gone, most likely for want of memory ({error}); lower --num-workers"
+        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            reason = "another process is gone; its own message says why"
+        else:
             raise
-        print_error(
-            LocalError(f"a loader process is gone, most likely for want of memory ({error}); lower --num-workers")
-        )
+        print_error(LocalError(reason))
     finally:
         end_loader_processes()
     return 2
@@ -213,7 +220,7 @@ class SaveClock:
         self.started = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        if self.in_minutes:
+        if self.in_minutes and self.interval > 0:
             return time.monotonic() - self.started >= 60 * self.interval
         return self.interval > 0 and step % self.interval == 0
 

@@ -5,6 +5,7 @@ The *policy* is the running keep decision, 1 for a kept token and 0 for a droppe
 B images, N patch tokens, P prefix tokens (the class token first), C channels, S stages.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -61,8 +62,7 @@ def policy_bias(policy: Tensor, num_prefix: int) -> Tensor:
     softmax(a + bias) weighs exp(a_ij) by G_ij, where G_ij is policy_j, and 1 if i = j (paper,
     eq. 9-11): a query sees the kept tokens, the prefix tokens and itself.
     """
-    dropped_weight = torch.tensor(LOG_DROPPED_WEIGHT, device=policy.device).exp()
-    log_policy = F.pad(torch.log(policy.float() + dropped_weight), (num_prefix, 0))
+    log_policy = F.pad(torch.log(policy.float() + math.exp(LOG_DROPPED_WEIGHT)), (num_prefix, 0))
     size = log_policy.shape[1]
     off_diagonal = 1 - torch.eye(size, device=policy.device)
     return (log_policy[:, None, :] * off_diagonal)[:, None]
@@ -99,7 +99,8 @@ def choose_attention(vit: VisionTransformer, images: Tensor) -> None:
     """timm's plain attention where its fused kernel is the slower one: in bfloat16 on a CPU."""
     plain = images.device.type == "cpu" and matmul_dtype(images) == torch.bfloat16
     for block in vit.blocks:
-        block.attn.fused_attn = use_fused_attn() and not plain
+        if hasattr(block, "attn"):
+            block.attn.fused_attn = use_fused_attn() and not plain
 
 
 class TokenPruning:

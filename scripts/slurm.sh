@@ -14,6 +14,8 @@ set -eu
 # SIGTERM (of a preemption, or two minutes before the time limit) makes every process save and stop. A preempted
 # job is requeued and resumes by itself (--resume auto); after the time limit, submit this file again.
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# torchrun kills what has not stopped 30 seconds after a signal, unless newer versions are told otherwise with
+# --shutdown-timeout. Where gloo picks a wrong network: export GLOO_SOCKET_IFNAME=eth0 (the interface's name).
 srun .venv/bin/torchrun \
   --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=3 \
   --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29400" \

@@ -13,18 +13,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MAIN, ONE_THREAD, PRUNING, TINY_RUN, write_images
 
+from checkpoints import BEST, LAST
 from models import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
-LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
-STEPS = 24  # of a whole run: 4 epochs of 24 images in batches of 4
+# 4 epochs of 6 steps
 OPTIONS = [*TINY_RUN, *PRUNING, "--epochs", "4", "--print-freq", "1", "--save-freq", "1", "--output-dir", "run"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -104,9 +105,10 @@ def assert_whole(folder: Path) -> None:
 def assert_same_end(folder: Path, expected: Path) -> None:
     """Log and weights, to the digit."""
     assert (folder / "run" / "log.txt").read_text() == (expected / "run" / "log.txt").read_text()
-    ends = [read_checkpoint(path / "run" / LAST) for path in (folder, expected)]
-    for part in ("model", "model_ema"):
-        assert all(torch.equal(ends[0][part][name], value) for name, value in ends[1][part].items())
+    for file in (LAST, BEST):
+        end, expected_end = (read_checkpoint(path / "run" / file) for path in (folder, expected))
+        for part in ("model", "model_ema"):
+            assert all(torch.equal(end[part][name], value) for name, value in expected_end[part].items())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -176,7 +178,7 @@ def test_full_disk_that_is_emptied(seed: int, options: list[str], undisturbed: P
         for _ in range(3):
             after_steps(process, rng, most=3)
             fill(disk / "ballast")
-            output += "".join(line for line, _ in zip(process.stdout, range(4), strict=False))
+            output += "".join(islice(process.stdout, 4))
             assert_whole(disk)
             (disk / "ballast").unlink()
         output += finish(process)
@@ -278,6 +280,7 @@ def test_error_of_one_process_ends_all(data: Path, options: list[str], tmp_path:
     output = process.stdout.read()
     assert process.wait() != 0 and time.monotonic() - started < 60
     assert f"error: cannot read image {broken}" in output
+    assert 'main_dynamic_vit.py", line' not in output, output
 
 
 def test_loader_process_killed(options: list[str], undisturbed: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ The dense model is timm's own (for LV-ViT our backbone), with fused attention an
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -25,8 +25,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from datasets import AugmentedDataset, LabelledFiles, build_transform
 from flops import gflops_of
 from losses import DiffPruningLoss, DistillDiffPruningLoss
-from main_dynamic_vit import parse_args
+from main_dynamic_vit import AMP_DTYPES, parse_args
 from models import ARCHS, Teacher, combine_heads, create_model
+from utils import UserError
 
 NUM_CLASSES = 1000
 SCALING_SIZES = (160, 224, 288, 384, 512)
@@ -35,7 +36,6 @@ WARMUP_ROUNDS = 3  # as many as CUDA graphs need to be recorded
 INPUT_IMAGES = 200  # of a folder, at most
 LATENCY_ROUNDS = 10  # times --repeats, as batch 1 is short and a 95th percentile needs many
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}  # on a GPU several, so that its queue stays filled as in real use
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 COLUMNS = {  # of the printed table, by their names in the JSON file: heading, width, decimals
     "img_size": ("size", 4, 0),
     "base_rate": ("rate", 4, 2),
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
     except torch.OutOfMemoryError:
         parser.exit(2, f"{parser.prog}: out of memory on {args.device}; try a smaller --batch-size\n")
-    except (ValueError, OSError) as error:
+    except (ValueError, UserError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
@@ -146,10 +146,9 @@ def measure_input(args: argparse.Namespace) -> dict:
         for i in range(len(paths)):
             data_set[i, repeat]
         paces.append(len(paths) / (time.perf_counter() - start))
-    sizes = [Image.open(path).size for path in paths]
     report = {
         "images": len(paths),
-        "median_pixels": float(np.median([width * height for width, height in sizes])),
+        "median_pixels": float(np.median([math.prod(data_set.source[i][0].size) for i in range(len(paths))])),
         "images_per_s_and_core": float(np.median(paces)),
     }
     print(", ".join(f"{name} {value:.0f}" for name, value in report.items()))
