@@ -353,12 +353,13 @@ class Run:
         self.step_images = args.batch_size * args.update_freq * utils.get_world_size()
         self.trainer = build_trainer(args, model, teacher, device)
         self.sums = RunningMeans(device)
-        self.progress = {"epoch": 0, "images": 0, "history": [], "dense": None, "bad_images": [], "train_set": None}
+        self.progress = {"epoch": 0, "images": 0, "history": [], "dense": None, "bad_images": [], "data": {}}
         if earlier:
             self.sums = restore(self.trainer, earlier)
             self.progress |= {key: earlier[key] for key in self.progress if key in earlier}
-            log(f"resumed at epoch {self.progress['epoch']}, step {self.first_step}")
-        self.note_train_set(train_set)
+            finished = self.progress["epoch"] >= args.epochs
+            log(f"resumed at epoch {self.progress['epoch']}, step {self.first_step}{', its end' if finished else ''}")
+        self.note_data(training=train_set, validation=val_loader.dataset)
         self.output = Output(args, self.progress, val_loader.dataset)
         if teacher is not None and self.progress["dense"] is None:
             self.progress["dense"] = run_evaluation(args, teacher.vit, val_loader, device)
@@ -371,12 +372,14 @@ class Run:
         """Of the epoch, where an earlier run has begun it."""
         return min(self.progress["images"] // self.step_images, self.steps_per_epoch)
 
-    def note_train_set(self, train_set: AugmentedDataset) -> None:
+    def note_data(self, **data_sets: AugmentedDataset) -> None:
+        """Says what has changed since the checkpoint."""
         if utils.is_main_process():
-            before, now = self.progress["train_set"], fingerprint(train_set.source)
-            if before not in (None, now):
-                log(f"warning: the training data has changed since the checkpoint ({before} -> {now})")
-            self.progress["train_set"] = now
+            now = {name: fingerprint(data_set.source) for name, data_set in data_sets.items()}
+            for name, before in self.progress["data"].items():
+                if before != now[name]:
+                    log(f"warning: the {name} data has changed since the checkpoint ({before} -> {now[name]})")
+            self.progress["data"] = now
 
     def to_the_end(self) -> dict[str, float]:
         """Trains, and returns the best epoch's record. Raises Stopped at a signal, with all saved."""
@@ -392,7 +395,7 @@ class Run:
             return best
         except Diverged as error:
             last = Path(self.args.output_dir) / LAST
-            advice = f"go on from {last} (--resume, another --output-dir)" if self.saved else "start again"
+            advice = f"go on from {last} or {BEST} (--resume, another --output-dir)" if self.saved else "start again"
             raise UserError(f"{error}; {advice} with --clip-grad 1, a lower --lr or another --seed") from error
         finally:
             self.output.close()

@@ -116,6 +116,8 @@ def exit_status(command: Callable[[], None]) -> int:
         return 0
     except (UserError, CheckpointError, OSError) as error:
         print_error(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
     except torch.OutOfMemoryError:
         print_error(LocalError("the GPU's memory is too small; lower --batch-size and raise --update-freq"))
     except RuntimeError as error:

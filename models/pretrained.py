@@ -88,7 +88,7 @@ def load_weights(model: VisionTransformer, weights: StateDict, new_head: bool = 
         if name in weights and weights[name].shape != target[name].shape
     ]
     problems = [
-        f"{what}: {', '.join(names)}"
+        f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
         for what, names in (("missing", missing), ("not in the model", unexpected), ("of another shape", misfits))
         if names
     ]

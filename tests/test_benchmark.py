@@ -92,7 +92,7 @@ def test_scaling_covers_sizes_and_rates(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (["--img-size", "33"], "patch size 16 does not divide input size 33"),
         (["--base-rate", "1.5"], "keep rates must lie in (0, 1]"),
         (["--scaling", "--keep-rates", "0.5", "0.4", "0.3"], "cannot go with --keep-rates"),
-        (["--json", "nowhere/speed.json"], "no such directory: nowhere"),
+        (["--json", "nowhere/speed.json"], "cannot write nowhere/speed.json"),
     ],
 )
 def test_user_errors_are_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

@@ -111,8 +111,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--scaling varies the base rate, so it cannot go with --keep-rates")
     if args.input and not args.input.is_dir():
         raise ValueError(f"no such folder: {args.input}")
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"no such directory: {args.json.parent}")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ValueError(f"cannot write {args.json}: it is a directory, or its directory does not exist")
 
 
 def run(args: argparse.Namespace) -> dict:

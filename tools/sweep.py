@@ -91,7 +91,7 @@ def main(options: argparse.Namespace) -> None:
         raise UserError("the plot needs matplotlib; get it: pip install -r requirements-dev.txt")
     device = utils.pick_device(options.device)
     model, args, trained = load_model(options)
-    vars(args).update(num_workers=options.num_workers, device=options.device)
+    vars(args).update(num_workers=options.num_workers, device=options.device, skip_bad_images=False)
     if options.data_path is not None:
         args.data_path = options.data_path
     check(options, model)
@@ -119,8 +119,8 @@ def main(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace, model: VisionTransformer) -> None:
     """Before the first of many passes, what would stop a later one."""
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {options.batch_size}")
+    if options.batch_size < 1 or options.num_workers < 0:
+        raise UserError("--batch-size must be at least 1, and --num-workers not negative")
     for base_rate in options.base_rates:
         try:
             model.set_keep_rates(geometric_keep_rates(base_rate, len(model.pruning_loc)))

@@ -23,7 +23,7 @@ from checkpoints import BEST, LAST
 from datasets import build_source, build_transform, open_image
 from main_dynamic_vit import build_model, parse_args
 from models import ARCHS, find_weights, load_weights, read_checkpoint
-from utils import UserError, log
+from utils import ImageError, UserError, log
 
 RUNS = Path("logs")
 PANEL_SIZE = 224  # pixels; smaller images are enlarged to about this
@@ -82,6 +82,8 @@ def load_model(options: argparse.Namespace, **overrides) -> tuple[VisionTransfor
         if not options.arch:
             raise UserError(f"{path} does not tell its architecture; add --arch")
         args = parse_args([])
+    if args.dense and not options.pretrained:
+        raise UserError(f"{path} is of a dense run; give a dynamic one with --resume (or --pretrained {path})")
     overrides |= {"arch": options.arch, "input_size": options.input_size}
     vars(args).update({name: value for name, value in overrides.items() if value is not None})
     if overrides.get("base_rate") is not None:
@@ -158,7 +160,10 @@ def read_images(source: str, count: int, args: argparse.Namespace) -> Iterator[t
     if len(files) > count:
         log(f"the first {count} of {len(files)} images; --count takes more")
     for i, file in enumerate(files[:count]):
-        yield f"{i:03}_{file.stem}", open_image(file)
+        try:
+            yield f"{i:03}_{file.stem}", open_image(file)
+        except ImageError as error:
+            log(f"warning: {error}")
 
 
 def preprocess(image: Image.Image, args: argparse.Namespace) -> Tensor:
