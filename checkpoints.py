@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from engine import RunningMeans, Trainer, unwrap
 from models import CheckpointError, find_weights, load_weights, read_checkpoint
-from utils import UserError, gather, get_rank, get_world_size, is_main_process, log
+from utils import UserError, gather, get_rank, get_world_size, is_main_process, log, temporary_path
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
 # Arguments about where and how a run is executed: it may be resumed with other values of these.
@@ -222,10 +222,6 @@ class CheckpointWriter:
             self.pending.result()
         for name, content in self.owed.items():
             write_checkpoint(content, self.folder / name)
-
-
-def temporary_path(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
 
 
 def copy_to_cpu(value: object) -> object:

@@ -176,9 +176,14 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it gets its name, so that it is whole at any moment."""
+    return path.with_name(path.name + ".tmp")
+
+
 def write_json_lines(path: Path, records: list[dict]) -> None:
     """Replaces the file by one line a record; whole at any moment."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     os.replace(temporary, path)
 
