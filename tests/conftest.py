@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -19,13 +20,15 @@ TINY_RUN = [
 ]
 PRUNING = "--pruning-loc 1 2 3".split()
 
-
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ("cpu", pytest.param("cuda", marks=needs_gpu))
 
-def launch(command: list[str]) -> subprocess.CompletedProcess:
+
+def launch(command: list[str], env: dict[str, str] = ONE_THREAD) -> subprocess.CompletedProcess:
     """Runs a command as a user would, from another folder, with one thread a process."""
-    return subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=240, cwd=ROOT.parent)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=ROOT.parent)
 
 
 def run_main(*args: str | Path) -> subprocess.CompletedProcess:

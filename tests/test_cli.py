@@ -1,6 +1,7 @@
 """The command line as its users call it: real processes, real files."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_MODEL, TINY_RUN, launch, run_main, write_images
+from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_MODEL, TINY_RUN, launch, needs_gpu, run_main, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from main_dynamic_vit import command
@@ -65,6 +66,17 @@ def test_run_leaves_checkpoints_log_and_events(dynamic_run: Path) -> None:
     # 4 images, 1 process: 5e-4 * 4 / 512 for the predictors; the backbone waits for one epoch
     assert lines[0]["lr/predictor"] == pytest.approx(5e-4 * 4 / 512)
     assert lines[0]["lr/backbone"] == 0 < lines[1]["lr/backbone"]
+
+
+@needs_gpu
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_distillation_on_a_gpu(amp: str, image_folder: Path, dense_run: Path, tmp_path: Path) -> None:
+    options = [*distill(image_folder, dense_run), "--device", "cuda", "--amp", amp, "--output_dir", str(tmp_path)]
+    result = launch([sys.executable, str(MAIN), *options], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    weights = read_checkpoint(tmp_path / "checkpoint_last.pth")["model"].values()
+    assert all(tensor.isfinite().all() for tensor in weights)
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
 
 
 def test_same_command_same_log_and_weights(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICES
 from timm.loss import SoftTargetCrossEntropy
 
 from losses import DiffPruningLoss, DistillDiffPruningLoss
@@ -23,7 +24,7 @@ KINDS = ("deit", "lvvit")
 class Reference:
     """One reference file with the student, teacher, images and labels that belong to it."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, device: str) -> None:
         self.numbers = np.load(HERE / f"{kind}.npz")
         self.meta = meta = json.loads(str(self.numbers["meta"]))
         arch = {"deit": "deit_small", "lvvit": "lvvit_s"}[kind]
@@ -32,15 +33,18 @@ class Reference:
         self.teacher = Teacher(create_model(arch, dense=True, **overrides))
         rebuild_weights(self.student, meta["salt"])
         rebuild_weights(self.teacher.vit, meta["salt"] + "teacher.")
+        self.student.to(device)
+        self.teacher.to(device)
         rng = np.random.default_rng(meta["seed"])
-        self.images = torch.from_numpy(rng.standard_normal((meta["batch"], 3, 224, 224)).astype(np.float32))
+        images = rng.standard_normal((meta["batch"], 3, 224, 224))
         labels = rng.dirichlet(np.ones(meta["num_classes"]), meta["batch"])
-        self.labels = torch.from_numpy(labels.astype(np.float32))
+        self.images = torch.from_numpy(images.astype(np.float32)).to(device)
+        self.labels = torch.from_numpy(labels.astype(np.float32)).to(device)
 
     def assert_close(self, name: str, value: torch.Tensor, rtol: float = 1e-4) -> None:
         """Relative to the largest expected number, as single entries may be near 0."""
         expected = torch.from_numpy(np.asarray(self.numbers[name])).double()
-        deviation = (value.detach().double() - expected).abs().max() / expected.abs().max()
+        deviation = (value.detach().cpu().double() - expected).abs().max() / expected.abs().max()
         assert deviation <= rtol, f"{name}: off by {deviation:.1e}"
 
 
@@ -74,7 +78,7 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch):
             nonlocal stage
             rng = np.random.default_rng(seed + 100 + stage)
             stage += 1
-            noise = torch.from_numpy(rng.gumbel(size=log_probs.shape).astype(np.float32))
+            noise = torch.from_numpy(rng.gumbel(size=log_probs.shape).astype(np.float32)).to(log_probs.device)
             soft = (log_probs + noise).softmax(dim=-1)[..., 0]
             return (soft > 0.5).float() + soft - soft.detach()
 
@@ -84,11 +88,18 @@ def recorded_noise(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(params=KINDS)
-def reference(request: pytest.FixtureRequest) -> Reference:
-    return Reference(request.param)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def test_state_dict_has_the_published_names(reference: Reference) -> None:
+@pytest.fixture(params=DEVICES)
+def reference(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Reference:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions in TF32 keep 3 digits
+    return Reference(kind, request.param)
+
+
+def test_state_dict_has_the_published_names(kind: str) -> None:
+    reference = Reference(kind, "cpu")
     assert sorted(reference.student.state_dict()) == sorted(reference.numbers["state_dict_names"].tolist())
 
 
@@ -99,7 +110,7 @@ def test_evaluation(reference: Reference) -> None:
         reference.assert_close("eval_logits", logits)
         for stage, indices in enumerate(kept):
             expected = torch.from_numpy(reference.numbers[f"eval_kept_stage{stage}"].astype(np.int64))
-            assert torch.equal(indices.sort(dim=1).values, expected)
+            assert torch.equal(indices.sort(dim=1).values.cpu(), expected)
         for base_rate in (1.0, 0.9, 0.5):
             model.set_keep_rates(geometric_keep_rates(base_rate, 3))
             reference.assert_close(f"eval_logits_base_rate_{base_rate}", model(reference.images))
@@ -114,9 +125,9 @@ def test_distillation_step(reference: Reference, recorded_noise) -> None:
     logits, tokens, keep_mask, keep_decisions = outputs
     reference.assert_close("train_logits", logits)
     reference.assert_close("train_tokens_mean_over_batch_and_tokens", tokens.mean(dim=(0, 1)))
-    assert np.array_equal(keep_mask.round().numpy(), reference.numbers["train_final_mask"])
+    assert np.array_equal(keep_mask.round().cpu().numpy(), reference.numbers["train_final_mask"])
     for stage, policy in enumerate(keep_decisions):
-        assert np.array_equal(policy.detach().round().numpy(), reference.numbers[f"train_keep_stage{stage}"])
+        assert np.array_equal(policy.detach().round().cpu().numpy(), reference.numbers[f"train_keep_stage{stage}"])
 
     criterion = DistillDiffPruningLoss(
         reference.teacher,

@@ -20,6 +20,8 @@ import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets import AugmentedDataset, LabelledFiles, build_transform
@@ -48,6 +50,7 @@ COLUMNS = {  # of the printed table, by their names in the JSON file: heading, w
     "peak_mib": ("peak MiB", 8, 0),
     "p50_ms": ("batch 1 p50", 11, 2),
     "p95_ms": ("p95 ms", 8, 2),
+    "latency_ratio": ("ratio", 5, 3),
 }
 
 Step = Callable[[Tensor, Tensor], None]  # what is measured, on (B, 3, H, W) images and (B, classes) soft labels
@@ -55,10 +58,11 @@ Step = Callable[[Tensor, Tensor], None]  # what is measured, on (B, 3, H, W) ima
 
 @dataclass(frozen=True)
 class Contender:
-    """What one row of the table measures, and the modules in it that --compile compiles."""
+    """What one row of the table measures, the modules in it that --compile compiles, and what trains them."""
 
     step: Step
     modules: Sequence[nn.Module]
+    optimizer: Optimizer | None = None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,7 +167,7 @@ def points(args: argparse.Namespace) -> list[tuple[int, float]]:
 
 
 def measure(args: argparse.Namespace, img_size: int, base_rate: float) -> list[dict]:
-    """A row per contender, the dense one first. Both ratios are to the dense one; above 1 is better."""
+    """A row per contender, the dense one first. Ratios are to the dense one; above 1 is better."""
     dtype = None if args.train else AMP_DTYPES[args.amp]
     images = torch.randn(args.batch_size, 3, img_size, img_size, device=args.device, dtype=dtype)
     labels = torch.randn(args.batch_size, NUM_CLASSES, device=args.device).softmax(dim=-1)
@@ -178,13 +182,19 @@ def measure(args: argparse.Namespace, img_size: int, base_rate: float) -> list[d
         quarter, median, three_quarters = np.percentile(seconds[row["model"]], (25, 50, 75))
         row["images_per_s"] = args.batch_size / median
         row["spread"] = (three_quarters - quarter) / median
-        row["ratio"] = row["images_per_s"] / rows[0]["images_per_s"]
+        row["ratio"] = ratio_to_dense(seconds, row["model"])
         row["gflops_ratio"] = rows[0]["gflops"] / row["gflops"]
     if not args.train:
         seconds = interleave(steps, images[:1], labels[:1], LATENCY_ROUNDS * args.repeats, steps_per_turn=1)
         for row in rows:
             row["p50_ms"], row["p95_ms"] = 1e3 * np.percentile(seconds[row["model"]], (50, 95))
+            row["latency_ratio"] = ratio_to_dense(seconds, row["model"])
     return rows
+
+
+def ratio_to_dense(seconds: dict[str, np.ndarray], name: str) -> float:
+    """Median over the rounds of the ratio within a round, as the machine's pace differs more between rounds."""
+    return float(np.median(seconds["dense"] / seconds[name]))
 
 
 def inference_builders(args: argparse.Namespace, img_size: int, base_rate: float) -> dict[str, Callable[[], Contender]]:
@@ -235,12 +245,12 @@ def trainer(args: argparse.Namespace, model: nn.Module, criterion: Callable, *ot
     def step(images: Tensor, labels: Tensor) -> None:
         with autocast(args):
             loss, _ = criterion(images, model(images), labels)
-        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad()
 
-    return Contender(step, [model, *others])
+    return Contender(step, [model, *others], optimizer)
 
 
 def make_models(args: argparse.Namespace, img_size: int, base_rate: float) -> tuple[nn.Module, nn.Module]:
@@ -258,29 +268,47 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 def prepare(
     build: Callable[[], Contender], images: Tensor, labels: Tensor, compile_mode: str | None
 ) -> tuple[Step, dict]:
-    """Builds a contender; returns its step, and its GFLOPs per image and peak memory on a GPU."""
-    on_gpu = images.is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-        held_by_others = torch.cuda.memory_allocated()
+    """Builds a contender; returns its step, and its GFLOPs per image and peak memory."""
     contender = build()
-    costs = {"gflops": gflops_of(lambda: contender.step(images[:1], labels[:1])), "peak_mib": None}
+    costs = {"gflops": gflops_of(lambda: contender.step(images[:1], labels[:1]))}
     if compile_mode:
         for module in contender.modules:
             # static shapes: one graph for the batch, one for batch 1
             module.compile(fullgraph=True, dynamic=False, mode=compile_mode)
-    if on_gpu:
-        contender.step(images, labels)  # compilation and autotuning need memory of their own
-        torch.cuda.reset_peak_memory_stats()
-        contender.step(images, labels)
-        costs["peak_mib"] = (torch.cuda.max_memory_allocated() - held_by_others) / 2**20
+    contender.step(images, labels)  # compilation and autotuning need memory of their own
+    allocated = peak_allocated(partial(contender.step, images, labels), images.is_cuda)
+    costs["peak_mib"] = (bytes_held(contender) + allocated) / 2**20
     return contender.step, costs
+
+
+def bytes_held(contender: Contender) -> int:
+    """By weights, buffers and the optimizer's state; gradients are gone at the end of a step."""
+    tensors = [tensor for module in contender.modules for tensor in module.state_dict().values()]
+    if contender.optimizer:
+        states = contender.optimizer.state.values()
+        tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def peak_allocated(step: Callable[[], None], on_gpu: bool) -> int:
+    """Bytes at the height of a step, beyond what was held before it."""
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step()
+    events = trace.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return int(np.cumsum(changes).max())
 
 
 def interleave(
     steps: dict[str, Step], images: Tensor, labels: Tensor, rounds: int, steps_per_turn: int
-) -> dict[str, list[float]]:
-    """Seconds per step, by contender and round."""
+) -> dict[str, np.ndarray]:
+    """Seconds per step, by contender: one number a round."""
     seconds = {name: [] for name in steps}
     names = list(steps)
     for i in range(WARMUP_ROUNDS + rounds):
@@ -289,7 +317,7 @@ def interleave(
             elapsed = time_turn(partial(steps[name], images, labels), steps_per_turn, images.is_cuda)
             if i >= WARMUP_ROUNDS:
                 seconds[name].append(elapsed)
-    return seconds
+    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def time_turn(step: Callable[[], None], steps_per_turn: int, on_gpu: bool) -> float:
