@@ -20,7 +20,9 @@ class TrainSampler(Sampler):
     def __init__(self, dataset: Dataset, rank: int, world_size: int, seed: int, num_repeats: int = 1) -> None:
         kwargs = {"num_replicas": world_size, "rank": rank, "shuffle": True}
         if num_repeats > 1:
-            self.order = RepeatAugSampler(dataset, num_repeats=num_repeats, **kwargs)
+            # older timm rounds the length down to a multiple of 256 even where that leaves nothing
+            selected_round = 256 if len(dataset) >= 256 else 0
+            self.order = RepeatAugSampler(dataset, num_repeats=num_repeats, selected_round=selected_round, **kwargs)
         else:
             self.order = DistributedSampler(dataset, **kwargs)
         self.rank = rank

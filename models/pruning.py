@@ -96,11 +96,22 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def choose_attention(vit: VisionTransformer, images: Tensor) -> None:
-    """timm's plain attention where its fused kernel is the slower one: in bfloat16 on a CPU."""
-    plain = images.device.type == "cpu" and matmul_dtype(images) == torch.bfloat16
+    """timm's plain attention instead of its fused kernel where that one falls short.
+
+    On a CPU it is the slower one in bfloat16. In float16 it would keep a dropped token's weight, about
+    1e-9, as 0, and so its decision would get no gradient.
+    """
+    slow = images.device.type == "cpu" and matmul_dtype(images) == torch.bfloat16
+    coarse = vit.training and matmul_dtype(images) == torch.float16
     for block in vit.blocks:
         if hasattr(block, "attn"):
-            block.attn.fused_attn = use_fused_attn() and not plain
+            block.attn.fused_attn = use_fused_attn() and not (slow or coarse)
+
+
+def bias_dtype(x: Tensor) -> torch.dtype:
+    """That of the matrix products, but float32 instead of float16; see choose_attention."""
+    dtype = matmul_dtype(x)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class TokenPruning:
@@ -144,7 +155,7 @@ class TokenPruning:
                 log_probs = predictor(x[:, self.num_prefix_tokens :], policy)
                 policy = policy * sample_keep_decision(log_probs)
                 keep_decisions.append(policy)
-                bias = policy_bias(policy, self.num_prefix_tokens).to(matmul_dtype(x))
+                bias = policy_bias(policy, self.num_prefix_tokens).to(bias_dtype(x))
             x = block(x, attn_mask=bias)
         logits, tokens = split_outputs(self, self.norm(x))
         return logits, tokens, policy.detach(), keep_decisions

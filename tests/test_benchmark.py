@@ -40,6 +40,7 @@ def test_inference_report(tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
     command = [sys.executable, "-m", "tools.benchmark", *TINY, "--base-rate", "0.5", "--json", str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("KINETO_LOG_LEVEL", None)  # that the import above has set in this process
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     report = json.loads(file.read_text())
@@ -50,16 +51,28 @@ def test_inference_report(tmp_path: Path) -> None:
     assert dynamic["gflops"] == pytest.approx(count_gflops(create_model("deit_tiny", 0.5, img_size=32), 32))
     assert dynamic["gflops_ratio"] == pytest.approx(dense["gflops"] / dynamic["gflops"])
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in report["rows"])
-    assert dense["ratio"] == dense["latency_ratio"] == 1
     assert "profiler" not in result.stderr
 
 
 def test_ratio_is_taken_within_a_round() -> None:
-    # the machine was three times slower in two rounds: ours took half the dense model's time in each, all the same
-    seconds = {"dense": np.array([2.0, 6.0, 6.0]), "dynamic": np.array([1.0, 3.0, 3.0])}
-    assert benchmark.ratio_to_dense(seconds, "dynamic") == 2
+    # the machine was three times slower from the second round on, and hit the dense model alone at first
     seconds = {"dense": np.array([2.0, 6.0, 6.0]), "dynamic": np.array([1.0, 1.0, 3.0])}
     assert benchmark.ratio_to_dense(seconds, "dynamic") == 2
+
+
+@pytest.mark.usefixtures("small_archs")
+def test_row_is_made_of_the_seconds_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(steps, images, labels, rounds, steps_per_turn) -> dict[str, np.ndarray]:
+        if len(images) == 1:
+            return {"dense": np.array([0.01, 0.01, 0.03]), "dynamic": np.array([0.01, 0.005, 0.01])}
+        return {"dense": np.array([1.0, 2.0, 4.0]), "dynamic": np.array([1.0, 0.5, 1.0])}
+
+    monkeypatch.setattr(benchmark, "interleave", seconds)
+    dense, dynamic = benchmark.measure(benchmark.build_parser().parse_args(TINY), 32, 0.7)
+    assert (dense["images_per_s"], dynamic["images_per_s"]) == (1, 2)  # batch 2
+    assert dense["spread"] == pytest.approx(1.5 / 2)
+    assert (dense["ratio"], dynamic["ratio"]) == (1, 4)
+    assert dynamic["p50_ms"] == pytest.approx(10) and dynamic["latency_ratio"] == pytest.approx(2)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -76,8 +89,9 @@ def test_peak_memory_of_a_step(device: str) -> None:
     step(images, images)
     contender = benchmark.Contender(step, [model], optimizer)
     assert benchmark.bytes_held(contender) == 8e6  # weights and momentum
-    # the product, its exponential and the gradient of either while the weights' is made: two or three 8 MB, one 4 MB
-    assert 16e6 < benchmark.peak_allocated(lambda: step(images, images), on_gpu=device == "cuda") <= 28e6
+    allocated = benchmark.peak_allocated(lambda: step(images, images), on_gpu=device == "cuda")
+    # the product and its exponential, then the gradients in their place; a GPU's cuBLAS needs some more
+    assert allocated == pytest.approx(16e6, rel=0.01) if device == "cpu" else 16e6 <= allocated < 100e6
 
 
 def test_input_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -115,6 +129,15 @@ def test_scaling_covers_sizes_and_rates(monkeypatch: pytest.MonkeyPatch, tmp_pat
     benchmark.main([*TINY, "--scaling", "--repeats", "1", "--json", str(file)])
     dynamic = [row for row in json.loads(file.read_text())["rows"] if row["model"] == "dynamic"]
     assert [(row["img_size"], row["base_rate"]) for row in dynamic] == [(32, 0.7), (64, 0.7), (32, 1.0), (32, 0.3)]
+
+
+@pytest.mark.usefixtures("small_archs")
+def test_scaling_compiles_any_number_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_(self, fullgraph=True, backend="eager"))
+    monkeypatch.setattr(benchmark, "SCALING_SIZES", ())
+    monkeypatch.setattr(benchmark, "SCALING_RATES", [1 - i / 16 for i in range(9)])
+    benchmark.main([*TINY, "--scaling", "--compile", "--repeats", "1"])
 
 
 @pytest.mark.parametrize(

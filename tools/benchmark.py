@@ -3,6 +3,7 @@
     python -m tools.benchmark --arch deit_small --base-rate 0.7 --batch-size 32 --json speed.json
 
 The dense model is timm's own (for LV-ViT our backbone), with fused attention and the same weights.
+With --input FOLDER it measures instead how fast a core reads and augments images.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datasets import AugmentedDataset, LabelledFiles, build_transform
+from engine import Trainer, accumulate_gradients, update_weights
 from flops import gflops_of
-from losses import DiffPruningLoss, DistillDiffPruningLoss
-from main_dynamic_vit import AMP_DTYPES, parse_args
+from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
+from main_dynamic_vit import AMP_DTYPES, build_scaler, parse_args
 from models import ARCHS, Teacher, combine_heads, create_model
 from utils import UserError
 
@@ -168,6 +170,7 @@ def points(args: argparse.Namespace) -> list[tuple[int, float]]:
 
 def measure(args: argparse.Namespace, img_size: int, base_rate: float) -> list[dict]:
     """A row per contender, the dense one first. Ratios are to the dense one; above 1 is better."""
+    torch.compiler.reset()  # torch gives up on a function compiled for more than a few models
     dtype = None if args.train else AMP_DTYPES[args.amp]
     images = torch.randn(args.batch_size, 3, img_size, img_size, device=args.device, dtype=dtype)
     labels = torch.randn(args.batch_size, NUM_CLASSES, device=args.device).softmax(dim=-1)
@@ -214,43 +217,49 @@ def inference_builders(args: argparse.Namespace, img_size: int, base_rate: float
 
 
 def training_builders(args: argparse.Namespace, img_size: int, base_rate: float) -> dict[str, Callable[[], Contender]]:
-    """As inference_builders, for a step of training: forward, loss, backward, AdamW."""
+    """As inference_builders, for a step of training."""
     label_loss = SoftTargetCrossEntropy()
 
     def build_dense() -> Contender:
         model, _ = make_models(args, img_size, base_rate)
-        return trainer(args, model, lambda images, logits, labels: (label_loss(logits.float(), labels), {}))
+        return training_contender(args, model, LabelLoss(label_loss))
 
     def build_dynamic() -> Contender:
         _, model = make_models(args, img_size, base_rate)
         predict = combine_heads if hasattr(model, "aux_head") else None
-        return trainer(args, model, DiffPruningLoss(label_loss, model.keep_rates, predict=predict))
+        return training_contender(args, model, DiffPruningLoss(label_loss, model.keep_rates, predict=predict))
 
     def build_distilled() -> Contender:
         teacher, model = make_models(args, img_size, base_rate)
         teacher = Teacher(teacher).to(args.device)
         mse_token = not hasattr(model, "aux_head")
         criterion = DistillDiffPruningLoss(teacher, label_loss, model.keep_rates, mse_token=mse_token)
-        return trainer(args, model, criterion, teacher)
+        return training_contender(args, model, criterion, teacher)
 
     return {"dense": build_dense, "dynamic": build_dynamic, "dynamic + teacher": build_distilled}
 
 
-def trainer(args: argparse.Namespace, model: nn.Module, criterion: Callable, *others: nn.Module) -> Contender:
-    """others: what else than the model is worth compiling."""
-    model.to(args.device).train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    scaler = torch.amp.GradScaler(args.device, enabled=args.amp == "fp16")
+def training_contender(
+    args: argparse.Namespace, model: nn.Module, criterion: nn.Module, *others: nn.Module
+) -> Contender:
+    """The step of a real run, but for the moving average. others: what else than the model is worth compiling."""
+    device, dtype = torch.device(args.device), AMP_DTYPES[args.amp]
+    trainer = Trainer(
+        model=model.to(device).train(),
+        criterion=criterion,
+        optimizer=torch.optim.AdamW(model.parameters(), fused=True),
+        scaler=build_scaler(device, dtype),
+        batch_transform=lambda images: images,
+        device=device,
+        amp_dtype=dtype,
+        schedule=lambda epoch: {},
+    )
 
     def step(images: Tensor, labels: Tensor) -> None:
-        with autocast(args):
-            loss, _ = criterion(images, model(images), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        accumulate_gradients(trainer, images, labels, last=True)
+        update_weights(trainer)
 
-    return Contender(step, [model, *others], optimizer)
+    return Contender(step, [model, *others], trainer.optimizer)
 
 
 def make_models(args: argparse.Namespace, img_size: int, base_rate: float) -> tuple[nn.Module, nn.Module]:
@@ -259,10 +268,6 @@ def make_models(args: argparse.Namespace, img_size: int, base_rate: float) -> tu
     dynamic = create_model(args.arch, base_rate, num_classes=NUM_CLASSES, img_size=img_size, keep_rates=args.keep_rates)
     dynamic.load_state_dict(dense.state_dict(), strict=False)
     return dense, dynamic
-
-
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    return torch.autocast(args.device, AMP_DTYPES[args.amp], enabled=args.amp != "off")
 
 
 def prepare(
@@ -291,7 +296,7 @@ def bytes_held(contender: Contender) -> int:
 
 
 def peak_allocated(step: Callable[[], None], on_gpu: bool) -> int:
-    """Bytes at the height of a step, beyond what was held before it."""
+    """Bytes at the height of a step, beyond what was held before it; on a GPU with cuBLAS's workspace."""
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -102,7 +103,7 @@ def images_per_second(dense: nn.Module, dynamic: nn.Module, images: torch.Tensor
     steps = {name: lambda images, _, model=model: model(images) for name, model in models.items()}
     with torch.inference_mode():
         seconds = interleave(steps, batch, batch, ROUNDS, steps_per_turn=1)
-    return [len(batch) / torch.tensor(seconds[name]).median().item() for name in models]
+    return [len(batch) / float(np.median(seconds[name])) for name in models]
 
 
 def object_coverage(val_set: Shapes, kept: torch.Tensor, grid: tuple[int, int]) -> float:
