@@ -36,13 +36,19 @@ def small_archs(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(ARCHS, name, small)
 
 
-def test_inference_report(tmp_path: Path) -> None:
-    file = tmp_path / "speed.json"
-    command = [sys.executable, "-m", "tools.benchmark", *TINY, "--base-rate", "0.5", "--json", str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment.pop("KINETO_LOG_LEVEL", None)  # that the import above has set in this process
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    set_by_import = ("KINETO_LOG_LEVEL", "TORCH_CPP_LOG_LEVEL")  # of tools, above
+    environment = {name: value for name, value in os.environ.items() if name not in set_by_import}
+    command = [sys.executable, "-m", "tools.benchmark", *TINY, *arguments]
+    environment["OMP_NUM_THREADS"] = "1"
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_inference_report(tmp_path: Path) -> None:
+    file = tmp_path / "speed.json"
+    result = run_command("--base-rate", "0.5", "--json", str(file))
     report = json.loads(file.read_text())
     assert report["hardware"] in result.stdout
     dense, dynamic = report["rows"]
@@ -51,7 +57,11 @@ def test_inference_report(tmp_path: Path) -> None:
     assert dynamic["gflops"] == pytest.approx(count_gflops(create_model("deit_tiny", 0.5, img_size=32), 32))
     assert dynamic["gflops_ratio"] == pytest.approx(dense["gflops"] / dynamic["gflops"])
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in report["rows"])
-    assert "profiler" not in result.stderr
+    assert "profil" not in result.stderr
+
+
+def test_counting_the_memory_of_training_is_quiet() -> None:
+    assert "profil" not in run_command("--train").stderr
 
 
 def test_ratio_is_taken_within_a_round() -> None:
