@@ -19,6 +19,13 @@ from torch import Tensor, nn
 LOG_DROPPED_WEIGHT = -16.0
 
 
+class Float32LogSoftmax(nn.LogSoftmax):
+    """Log-probabilities near log(1/2) would mostly be one and the same number in bfloat16."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return super().forward(logits.float())
+
+
 class Predictor(nn.Module):
     """Scores tokens from their own features and the mean over all kept ones (paper, section 3.2)."""
 
@@ -31,11 +38,11 @@ class Predictor(nn.Module):
             nn.Linear(dim // 2, dim // 4),
             nn.GELU(),
             nn.Linear(dim // 4, 2),
-            nn.LogSoftmax(dim=-1),
+            Float32LogSoftmax(dim=-1),
         )
 
     def forward(self, tokens: Tensor, policy: Tensor | None = None) -> Tensor:
-        """(B, N, C) tokens, (B, N) policy or None for all kept -> (B, N, 2) log-probabilities.
+        """(B, N, C) tokens, (B, N) policy or None for all kept -> (B, N, 2) log-probabilities, float32.
 
         Channel 0 is "keep".
         """
@@ -53,7 +60,7 @@ class Predictor(nn.Module):
 
 def sample_keep_decision(log_probs: Tensor) -> Tensor:
     """(B, N, 2) log-probabilities -> (B, N) decisions, 0 or 1, by straight-through Gumbel-softmax."""
-    return F.gumbel_softmax(log_probs.float(), tau=1.0, hard=True, dim=-1)[..., 0]
+    return F.gumbel_softmax(log_probs, tau=1.0, hard=True, dim=-1)[..., 0]
 
 
 def policy_bias(policy: Tensor, num_prefix: int) -> Tensor:
@@ -195,8 +202,11 @@ def check_keep_rates(keep_rates: Sequence[float], num_stages: int) -> tuple[floa
 def make_dynamic(vit: VisionTransformer, pruning_loc: Sequence[int], keep_rates: Sequence[float]) -> VisionTransformer:
     """Turns a timm VisionTransformer into a DynamicViT, in place; its own weights and names stay.
 
+    timm's patch dropout and gradient checkpointing are not used any more.
     pruning_loc: the blocks before which tokens are dropped. Raises ValueError if they do not fit.
     """
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"token pruning is for timm's VisionTransformer, and this is a {type(vit).__name__}")
     pruning_loc = tuple(pruning_loc)
     depth = len(vit.blocks)
     if not pruning_loc or list(pruning_loc) != sorted(set(pruning_loc)) or not all(0 <= i < depth for i in pruning_loc):

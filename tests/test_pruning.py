@@ -8,7 +8,7 @@ import timm
 import torch
 from conftest import DEVICES
 from timm.loss import SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from losses import DiffPruningLoss, DistillDiffPruningLoss
@@ -287,6 +287,23 @@ def test_training_outputs(kind: str) -> None:
     for policy in keep_decisions:
         assert policy.requires_grad
         assert set(policy.detach().round(decimals=5).unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("half_weights", [False, True])
+def test_fresh_predictor_tells_tokens_apart_in_bfloat16(half_weights: bool) -> None:
+    """Its probabilities are all near 1/2, where bfloat16 has too few numbers for their logarithms."""
+    torch.manual_seed(0)
+    predictor = pruning.Predictor(192)
+    predictor.apply(init_weights_vit_timm)
+    tokens = torch.randn(1, 196, 192)
+    expected = predictor(tokens)[0, :, 0]
+    if half_weights:
+        scores = predictor.bfloat16()(tokens.bfloat16())[0, :, 0]
+    else:
+        with autocast(torch.bfloat16):
+            scores = predictor(tokens)[0, :, 0]
+    best, expected_best = (set(s.topk(98).indices.tolist()) for s in (scores, expected))
+    assert len(best & expected_best) > 90  # by chance 49
 
 
 def test_sampled_share_follows_the_log_probabilities() -> None:
@@ -592,6 +609,11 @@ def test_unknown_arch_lists_the_known_ones() -> None:
 def test_backbone_that_averages_its_tokens(class_token: bool) -> None:
     with pytest.raises(ValueError, match="class token"):
         make_dynamic(timm_vit(class_token=class_token, global_pool="avg"), STAGES, RATES)
+
+
+def test_another_kind_of_model() -> None:
+    with pytest.raises(ValueError, match="this is a ResNet"):
+        make_dynamic(timm.create_model("resnet18"), STAGES, RATES)
 
 
 def test_refused_backbone_stays_as_it_is() -> None:
