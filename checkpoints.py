@@ -17,6 +17,7 @@ from utils import UserError, gather, get_rank, get_world_size, is_main_process, 
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
 # Arguments about where and how a run is executed: it may be resumed with other values of these.
+# num_classes is among them as the data tells it only later; weights that do not fit are refused anyway.
 MAY_CHANGE = {
     *("resume", "eval", "dist_eval", "output_dir", "data_path", "num_classes"),
     *("device", "num_workers", "print_freq", "save_freq", "skip_bad_images"),
@@ -189,7 +190,7 @@ def restore(trainer: Trainer, content: dict) -> RunningMeans:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background; training waits for the copy only. Used by rank 0.
+    """Writes checkpoints in the background; training waits for the copy and the write before it. Used by rank 0.
 
     One that cannot be written leaves the file before it as it is, and is tried again with the next.
     """
@@ -202,7 +203,7 @@ class CheckpointWriter:
         for name in (LAST, BEST):  # of a run that was killed
             temporary_path(folder / name).unlink(missing_ok=True)
 
-    def save(self, content: dict, names: tuple[str, ...] = (LAST,)) -> None:
+    def save(self, content: dict, names: tuple[str, ...]) -> None:
         if self.pending is not None:
             self.pending.result()
         self.owed |= dict.fromkeys(names, copy_to_cpu(content))

@@ -4,13 +4,11 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import warnings
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
@@ -21,7 +19,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from shapes import Shapes
-from utils import ImageError, UserError, log, max_over_processes
+from utils import ImageError, UserError, log, max_over_processes, set_seed
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
 # Images of these come small; they are trained on at their own size where --input-size allows it.
@@ -56,9 +54,7 @@ class AugmentedDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = key if isinstance(key, tuple) else (key, None)
         if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
+            set_seed(seed)
         image, label = self.read(index)
         return self.transform(image), label
 
@@ -163,7 +159,9 @@ def read_image_folder(root: Path, train: bool, num_classes: int | None) -> Label
     """
     folder = root / ("train" if train else "val")
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; the layout is {root}/train/<class>/* and {root}/val/<class>/*")
+        raise UserError(
+            f"no folder {folder}; the layout of --data-path is {root}/train/<class>/* and {root}/val/<class>/*"
+        )
     found = class_folders(folder)
     classes = class_folders(root / "train") or found
     wnids = ImageNetInfo("imagenet-1k").label_names()

@@ -1,8 +1,8 @@
 """One epoch of training, and evaluation. Knows no architecture."""
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +38,11 @@ class Trainer:
     update_freq: int = 1
     seed: int = 0
     print_freq: int = 50
-    bad_steps_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
-    longest_bad_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    bad_steps_in_a_row: Tensor = field(init=False)
+    longest_bad_row: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bad_steps_in_a_row = self.longest_bad_row = torch.zeros((), device=self.device)
 
 
 def train_one_epoch(
@@ -62,6 +65,7 @@ def train_one_epoch(
     batches = iter(loader)
     for step in steps:
         set_rates(trainer.optimizer, trainer.schedule(epoch + step / steps.stop))
+        statistics = copy_statistics(trainer.model)
         for micro_step in range(trainer.update_freq):
             images, labels = next(batches)
             images_seen += len(images)
@@ -69,7 +73,7 @@ def train_one_epoch(
             # resumed run draws the same.
             set_seed(derive_seed(trainer.seed, epoch, step, micro_step, get_rank()))
             sums.update(accumulate_gradients(trainer, images, labels, last=micro_step == trainer.update_freq - 1))
-        sums.add_to_total("skipped_steps", update_weights(trainer))
+        sums.add_to_total("skipped_steps", update_weights(trainer, statistics))
         eta.advance()
         done = step + 1
         if done % trainer.print_freq == 0 or done == steps.stop:
@@ -86,8 +90,8 @@ def accumulate_gradients(trainer: Trainer, images: Tensor, labels: Tensor, last:
     labels = labels.to(trainer.device, non_blocking=True)
     if trainer.mixup is not None:
         images, labels = trainer.mixup(images, labels)
-    wait = isinstance(trainer.model, DistributedDataParallel) and not last
-    with trainer.model.no_sync() if wait else nullcontext():
+    exchange_later = isinstance(trainer.model, DistributedDataParallel) and not last
+    with trainer.model.no_sync() if exchange_later else nullcontext():
         with autocast(trainer.device, trainer.amp_dtype):
             outputs = trainer.model(images)
             loss, parts = trainer.criterion(images, outputs, labels)
@@ -95,11 +99,17 @@ def accumulate_gradients(trainer: Trainer, images: Tensor, labels: Tensor, last:
     return {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
 
 
-def update_weights(trainer: Trainer) -> Tensor:
+def copy_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """BatchNorm's (LV-ViT's stem has some), which a forward pass changes: each one with a copy of it."""
+    return [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def update_weights(trainer: Trainer, statistics: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """One optimizer step; returns 1 where it was skipped for a gradient that is not finite, else 0.
 
-    The scaler's check and the fused optimizer keep all of it on the device. Gradients are equal in
-    all processes, so all skip together.
+    statistics: copy_statistics from before the step's forward passes, to return to where it is
+    skipped. The scaler's check and the fused optimizer keep all of it on the device. Gradients are
+    equal in all processes, so all skip together.
     """
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     trainer.scaler.unscale_(trainer.optimizer)
@@ -109,11 +119,14 @@ def update_weights(trainer: Trainer) -> Tensor:
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad(set_to_none=True)
+    is_bad = ~norm.isfinite()
+    for buffer, before in statistics:
+        buffer.copy_(torch.where(is_bad, before, buffer))
     if trainer.ema is not None:
         trainer.ema.update(unwrap(trainer.model))
-    bad = (~norm.isfinite()).float()
-    trainer.bad_steps_in_a_row = (trainer.bad_steps_in_a_row.to(trainer.device) + bad) * bad
-    trainer.longest_bad_row = torch.maximum(trainer.longest_bad_row.to(trainer.device), trainer.bad_steps_in_a_row)
+    bad = is_bad.float()
+    trainer.bad_steps_in_a_row = (trainer.bad_steps_in_a_row + bad) * bad
+    trainer.longest_bad_row = torch.maximum(trainer.longest_bad_row, trainer.bad_steps_in_a_row)
     return bad
 
 
@@ -150,14 +163,14 @@ def evaluate(
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
         sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != IGNORED_LABEL).sum()])
     if sharded:
-        sum_over_processes(sums)
+        sums = sum_over_processes(sums)
     loss, top1, top5, count = sums.tolist()
     if count == 0:
         raise UserError("there is no image to validate on")
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": int(count)}
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None):
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 

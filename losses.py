@@ -1,4 +1,4 @@
-"""The two training losses (arXiv 2106.02034, section 3.4). They know tensors only."""
+"""The training losses (arXiv 2106.02034, section 3.4). They know tensors only."""
 
 from collections.abc import Callable, Sequence
 

@@ -33,7 +33,7 @@ from models import (
 )
 from optim import dense_rates, dynamic_rates, param_groups
 from output import Output
-from samplers import ShardSampler, TrainSampler
+from samplers import TrainSampler
 from utils import UserError, log
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="images for each process and forward pass")
     add("--update-freq", type=int, default=1, help="forward passes to an optimizer step")
     add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="mixed precision")
-    add("--compile", action="store_true", help="torch.compile student and teacher")
+    add("--compile", action="store_true", help="torch.compile student and teacher in training")
     add("--lr", type=float, default=5e-4, help="for 512 images a step; scales with them")
     add("--min-lr", type=float, default=1e-5)
     add("--backbone-lr-scale", type=float, default=0.01, help="the backbone's largest share of the learning rate")
@@ -152,8 +152,11 @@ def main(args: argparse.Namespace) -> None:
     model, teacher = build_models(args, load_student=earlier is None)
     model.to(device)
     val_loader = build_val_loader(val_set, args)
-    gflops = cost(args, model)
-    describe(args, model, gflops, train_set, val_set, device)
+    dense = model if args.dense else build_model(args, dense=True)
+    gflops = {"dense": count_gflops(dense, args.input_size)}
+    if not args.dense:
+        gflops["dynamic"] = count_gflops(model, args.input_size)
+    describe(args, dense, model, gflops, train_set, val_set, device)
 
     if args.eval:
         evaluate_only(args, model, val_loader, device, earlier)
@@ -171,7 +174,7 @@ def evaluate_only(
 ) -> None:
     if checkpoint:
         for note in load_weights(model, find_weights(checkpoint)):
-            log(note)
+            log(f"warning: {note}")
     report_accuracy("evaluated", run_evaluation(args, model, val_loader, device))
     if checkpoint and checkpoint.get("model_ema"):
         load_weights(model, find_weights({"model": checkpoint["model_ema"]}))
@@ -257,8 +260,8 @@ def read_pretrained(args: argparse.Namespace) -> dict[str, torch.Tensor]:
 
 def build_val_loader(val_set: AugmentedDataset, args: argparse.Namespace) -> DataLoader:
     rank, world_size = (utils.get_rank(), utils.get_world_size()) if args.dist_eval else (0, 1)
-    sampler = ShardSampler(val_set, rank, world_size)
-    return DataLoader(val_set, 2 * args.batch_size, sampler=sampler, **loader_options(args))
+    shard = range(rank, len(val_set), world_size)  # shards differ in length by at most one; no image is in two
+    return DataLoader(val_set, 2 * args.batch_size, sampler=shard, **loader_options(args))
 
 
 def loader_options(args: argparse.Namespace) -> dict:
@@ -272,13 +275,14 @@ def loader_options(args: argparse.Namespace) -> dict:
 
 def describe(
     args: argparse.Namespace,
+    dense: nn.Module,
     model: nn.Module,
     gflops: dict[str, float],
     train_set: AugmentedDataset | None,
     val_set: AugmentedDataset,
     device: torch.device,
 ) -> None:
-    log(f"{args.arch} dense: {megas(build_model(args, dense=True)):.2f} M parameters, {gflops['dense']:.4g} GFLOPs")
+    log(f"{args.arch} dense: {megas(dense):.2f} M parameters, {gflops['dense']:.4g} GFLOPs")
     if not args.dense:
         patches = model.patch_embed.num_patches
         log(
@@ -286,20 +290,11 @@ def describe(
             f"({gflops['dynamic'] / gflops['dense']:.1%} of dense); before blocks {list(model.pruning_loc)} "
             f"{model.tokens_kept(patches)} of {patches} tokens are kept"
         )
-    counts = (
-        f"{len(val_set)} validation images"
-        if train_set is None
-        else (f"{len(train_set)} training and {len(val_set)} validation images")
-    )
+    training = f"{len(train_set)} training and " if train_set else ""
+    counts = f"{training}{len(val_set)} validation images"
     log(f"{args.data_set} {args.data_path}: {counts}, {args.num_classes} classes")
     amp = next(name for name, dtype in AMP_DTYPES.items() if dtype == pick_amp(args, device))
     log(f"{utils.get_world_size()} process(es) on {device.type}, {args.batch_size} images each, amp {amp}")
-
-
-def cost(args: argparse.Namespace, model: nn.Module) -> dict[str, float]:
-    """GFLOPs of the dense backbone and, where the model is one, of the dynamic model."""
-    gflops = {"dense": count_gflops(build_model(args, dense=True), args.input_size)}
-    return gflops if args.dense else {**gflops, "dynamic": count_gflops(model, args.input_size)}
 
 
 def megas(model: nn.Module) -> float:

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 import utils
 from checkpoints import CheckpointWriter
 from datasets import AugmentedDataset
-from pictures import prune, tensorboard_heat_maps, tensorboard_strips
+from pictures import prune, sheet_of_heat_maps, sheet_of_strips
 from utils import UserError
 
 NUM_PICTURES, NUM_HISTOGRAM_IMAGES = 4, 32  # validation images, the same ones every epoch
@@ -75,10 +75,12 @@ class Output:
         self.events.flush()
 
     def _write_pictures(self, model: VisionTransformer, epoch: int) -> None:
-        self.events.add_image("kept patches", tensorboard_strips(model, self.sample[:NUM_PICTURES]), epoch)
-        self.events.add_image("keep scores", tensorboard_heat_maps(model, self.sample[:NUM_PICTURES]), epoch)
-        # a token dropped at an earlier stage has no score, and counts as not kept
-        expected_share = prune(model, self.sample).scores.nan_to_num(0.0).mean(dim=2)
+        pruning, grid = prune(model, self.sample), model.patch_embed.grid_size
+        shown = self.sample[:NUM_PICTURES]
+        self.events.add_image("kept patches", sheet_of_strips(shown, pruning, grid), epoch)
+        self.events.add_image("keep scores", sheet_of_heat_maps(shown, pruning, grid), epoch)
+        # as training draws them, the mean probability to be kept; 0 for a token dropped at an earlier stage
+        expected_share = pruning.scores.nan_to_num(0.0).mean(dim=2)
         for stage, shares in enumerate(expected_share.unbind(dim=1)):
             self.events.add_histogram(f"kept share per image/stage {stage}", shares, epoch)
 

@@ -122,19 +122,14 @@ def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
     return make_grid(torch.stack([*pictures]), nrow=columns, padding=GAP, pad_value=PAGE)
 
 
-def tensorboard_strips(model: VisionTransformer, images: Tensor) -> Tensor:
-    """A sheet of the strips of (B, 3, H, W) uint8 images, for SummaryWriter.add_image."""
-    pruning = prune(model, images)
-    grid = model.patch_embed.grid_size
-    images = images.cpu()
+def sheet_of_strips(images: Tensor, pruning: Pruning, grid: Grid) -> Tensor:
+    """The strips of (B, 3, H, W) uint8 images, of which pruning may hold more."""
     return contact_sheet([strip(image, [k[b] for k in pruning.kept], grid) for b, image in enumerate(images)])
 
 
-def tensorboard_heat_maps(model: VisionTransformer, images: Tensor) -> Tensor:
-    """As tensorboard_strips, but every stage's scores as a heat map."""
-    scores = prune(model, images).scores
-    grid = model.patch_embed.grid_size
-    return contact_sheet([heat_strip(image, scores[b], grid) for b, image in enumerate(images.cpu())])
+def sheet_of_heat_maps(images: Tensor, pruning: Pruning, grid: Grid) -> Tensor:
+    """As sheet_of_strips, but every stage's scores as a heat map."""
+    return contact_sheet([heat_strip(image, pruning.scores[b], grid) for b, image in enumerate(images)])
 
 
 def enlarge(picture: Tensor, factor: int) -> Tensor:

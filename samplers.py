@@ -41,16 +41,3 @@ class TrainSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for position, index in enumerate(islice(iter(self.order), self.start, None), self.start):
             yield index, derive_seed(self.seed, self.epoch, self.rank, position)
-
-
-class ShardSampler(Sampler):
-    """Every world_size-th image, none twice: shards differ in length by at most one."""
-
-    def __init__(self, dataset: Dataset, rank: int, world_size: int) -> None:
-        self.indices = range(rank, len(dataset), world_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from models import CheckpointError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-START_SECONDS = 1800  # for all processes to have started, and for each exchange between them
+TIMEOUT_SECONDS = 1800  # for all processes to have started, and for each exchange between them
 ONE_SIGNAL_SECONDS = 5  # Ctrl-C comes from the terminal and again from torchrun, which passes it on
 
 
@@ -46,7 +46,7 @@ def init_distributed(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = forget_earlier_starts(store, rank, world_size)
-    timeout = timedelta(seconds=START_SECONDS)
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
@@ -69,8 +69,8 @@ def forget_earlier_starts(store: dist.Store, rank: int, world_size: int) -> dist
         for other in others:
             if store.check([f"name of {other}"]):
                 store.set(f"prefix for {store.get(f'name of {other}').decode()}", prefix)
-        if time.monotonic() - started > START_SECONDS:
-            raise UserError(f"not all of the {world_size} processes have started within {START_SECONDS} s")
+        if time.monotonic() - started > TIMEOUT_SECONDS:
+            raise UserError(f"not all of the {world_size} processes have started within {TIMEOUT_SECONDS} s")
         time.sleep(0.05)
     return dist.PrefixStore(prefix, store)
 
@@ -103,7 +103,7 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def log(message: str = "") -> None:
+def log(message: str) -> None:
     """Prints, on rank 0 only."""
     if is_main_process():
         print(message, flush=True)
@@ -119,7 +119,9 @@ def exit_status(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
     except torch.OutOfMemoryError:
-        print_error(LocalError("the GPU's memory is too small; lower --batch-size and raise --update-freq"))
+        print_error(
+            LocalError("the GPU's memory is too small; lower --batch-size (in training, raise --update-freq as much)")
+        )
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
             reason = f"a loader process is gone, most likely for want of memory ({error}); lower --num-workers"
@@ -143,13 +145,15 @@ def print_error(error: Exception) -> None:
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Collective: call it in all of them. values stay as they are."""
+    values = values.clone()
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def max_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Collective: call it in all of them."""
+    """As sum_over_processes."""
     values = values.clone()
     if dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -253,8 +257,8 @@ class Eta:
         self.done = 0
         self.started = time.monotonic()
 
-    def advance(self, steps: int = 1) -> None:
-        self.done += steps
+    def advance(self) -> None:
+        self.done += 1
 
     def __str__(self) -> str:
         elapsed = time.monotonic() - self.started

@@ -41,7 +41,9 @@ def read_checkpoint(path: str | Path) -> dict:
                 f"{path} refused: it holds Python objects that could run code; "
                 "re-save it with tensors, numbers and strings only"
             ) from error
-        raise CheckpointError(f"{path} is not a checkpoint, or is damaged ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or is damaged; get it anew, or give another file"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named weights")
     return content
@@ -70,14 +72,13 @@ def load_weights(model: VisionTransformer, weights: StateDict, new_head: bool = 
     notes = []
     if _resize_pos_embed(model, weights):
         notes.append(f"position embeddings interpolated to {model.patch_embed.grid_size} patches")
+    dropped = []
     if new_head:
         dropped = [n for n in HEAD_NAMES if n in weights and n in target and weights[n].shape != target[n].shape]
         for name in dropped:
             del weights[name]
         if dropped:
             notes.append(f"new head for {model.num_classes} classes ({', '.join(dropped)})")
-    else:
-        dropped = []
     new = [name for name in target if name not in weights]
     fresh_predictors = all(name in new for name in target if name.startswith("score_predictor."))
     missing = [n for n in new if n not in dropped and not (fresh_predictors and n.startswith("score_predictor."))]
@@ -98,7 +99,7 @@ def load_weights(model: VisionTransformer, weights: StateDict, new_head: bool = 
         )
     model.load_state_dict(weights, strict=False)
     if fresh_predictors and any(name.startswith("score_predictor.") for name in new):
-        notes.append("predictors start untrained")
+        notes.append("the predictors are untrained: the weights are a dense model's")
     return notes
 
 

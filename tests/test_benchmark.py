@@ -14,9 +14,10 @@ from torch._dynamo.testing import CompileCounter
 from flops import count_gflops
 from models import ARCHS, create_model
 from tools import benchmark
+from utils import exit_status
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--arch", "deit_tiny", "--img-size", "32", "--batch-size", "2", "--repeats", "2", "--device", "cpu"]
+TINY = ["--arch", "deit_tiny", "--input-size", "32", "--batch-size", "2", "--repeats", "2", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -106,19 +107,17 @@ def test_peak_memory_of_a_step(device: str) -> None:
 
 def test_input_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_images(tmp_path / "train" / "cats", 3)
-    benchmark.main(["--input", str(tmp_path), "--img-size", "32", "--repeats", "2", "--json", str(tmp_path / "x.json")])
+    benchmark.command(["--input", str(tmp_path), "--input-size=32", "--repeats=2", "--json", str(tmp_path / "x.json")])
     report = json.loads((tmp_path / "x.json").read_text())
     assert report["images"] == 3 and report["median_pixels"] == 40 * 36 and report["images_per_s_and_core"] > 0
     assert "images_per_s_and_core" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        benchmark.main(["--input", str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
 @pytest.mark.usefixtures("small_archs")
 def test_training_report(arch: str, tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
-    benchmark.main([*TINY, "--arch", arch, "--train", "--amp", "bf16", "--repeats", "1", "--json", str(file)])
+    benchmark.command([*TINY, "--arch", arch, "--train", "--amp", "bf16", "--repeats", "1", "--json", str(file)])
     dense, dynamic, distilled = json.loads(file.read_text())["rows"]
     assert [dense["model"], dynamic["model"], distilled["model"]] == ["dense", "dynamic", "dynamic + teacher"]
     # no token leaves in training, and the teacher adds one forward pass of the dense model
@@ -136,9 +135,11 @@ def test_scaling_covers_sizes_and_rates(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(benchmark, "SCALING_SIZES", (32, 64))
     monkeypatch.setattr(benchmark, "SCALING_RATES", (1.0, 0.3))
     file = tmp_path / "speed.json"
-    benchmark.main([*TINY, "--scaling", "--repeats", "1", "--json", str(file)])
+    benchmark.command([*TINY, "--scaling", "--repeats", "1", "--json", str(file)])
     dynamic = [row for row in json.loads(file.read_text())["rows"] if row["model"] == "dynamic"]
-    assert [(row["img_size"], row["base_rate"]) for row in dynamic] == [(32, 0.7), (64, 0.7), (32, 1.0), (32, 0.3)]
+    assert [(row["input_size"], row["base_rate"]) for row in dynamic] == [(32, 0.7), (64, 0.7), (32, 1.0), (32, 0.3)]
+    training = benchmark.build_parser().parse_args([*TINY, "--scaling", "--train"])
+    assert benchmark.points(training) == [(32, 0.7), (64, 0.7)]
 
 
 @pytest.mark.usefixtures("small_archs")
@@ -147,23 +148,23 @@ def test_scaling_compiles_any_number_of_models(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_(self, fullgraph=True, backend="eager"))
     monkeypatch.setattr(benchmark, "SCALING_SIZES", ())
     monkeypatch.setattr(benchmark, "SCALING_RATES", [1 - i / 16 for i in range(9)])
-    benchmark.main([*TINY, "--scaling", "--compile", "--repeats", "1"])
+    benchmark.command([*TINY, "--scaling", "--compile", "--repeats", "1"])
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--img-size", "33"], "patch size 16 does not divide input size 33"),
+        (["--input-size", "33"], "patch size 16 does not divide input size 33"),
         (["--base-rate", "1.5"], "keep rates must lie in (0, 1]"),
         (["--scaling", "--keep-rates", "0.5", "0.4", "0.3"], "cannot go with --keep-rates"),
+        (["--input", "nowhere"], "no such folder: nowhere"),
+        (["--input", "tests", "--train"], "leave out --train"),
         (["--json", "nowhere/speed.json"], "cannot write nowhere/speed.json"),
     ],
 )
 def test_user_errors_are_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        benchmark.main([*TINY, *args])
+    assert exit_status(lambda: benchmark.command([*TINY, *args])) == 2
     stderr = capsys.readouterr().err
-    assert exit_.value.code == 2
     assert message in stderr
     assert stderr.count("\n") == 1
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from main_dynamic_vit import command
 from models import read_checkpoint
 from utils import SaveClock, exit_status
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def distill(image_folder: Path, dense_run: Path) -> list[str]:
@@ -68,12 +71,26 @@ def test_run_leaves_checkpoints_log_and_events(dynamic_run: Path) -> None:
     assert lines[0]["lr/backbone"] == 0 < lines[1]["lr/backbone"]
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_compiled_training_in_two_processes(image_folder: Path, dense_run: Path, tmp_path: Path) -> None:
+    """DDP cuts the graph at its buckets, across which the attention bias has to get."""
+    options = [*distill(image_folder, dense_run), "--compile", "--output_dir", str(tmp_path), "--no-repeated-aug"]
+    result = launch([*TORCHRUN, "--nproc_per_node=2", str(MAIN), *options, "--epochs", "1", "--warmup-epochs", "0"])
+    assert result.returncode == 0, result.stderr
+    (record,) = map(json.loads, (tmp_path / "log.txt").read_text().splitlines())
+    assert record["train/skipped_steps"] == 0 and record["val/images"] == 7
+
+
 @needs_gpu
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_distillation_on_a_gpu(amp: str, image_folder: Path, dense_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [[sys.executable], [*TORCHRUN, "--nproc_per_node=1"]], ids=["alone", "torchrun"])
+def test_distillation_on_a_gpu(
+    launcher: list[str], amp: str, image_folder: Path, dense_run: Path, tmp_path: Path
+) -> None:
     options = [*distill(image_folder, dense_run), "--device", "cuda", "--amp", amp, "--output_dir", str(tmp_path)]
-    result = launch([sys.executable, str(MAIN), *options], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
+    for _ in range(2):  # the second time it resumes, at the end
+        result = launch([*launcher, str(MAIN), *options], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
     weights = read_checkpoint(tmp_path / "checkpoint_last.pth")["model"]
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert weights["score_predictor.0.in_conv.1.bias"].abs().max() > 0  # begins at 0
@@ -167,14 +184,9 @@ def refused(capfd: pytest.CaptureFixture):
 
 def test_error_ends_a_real_process() -> None:
     """Said once, by one of two processes."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-    ]
-    result = launch([*launcher, str(MAIN), "--arch", "deit_huge", "--data-set", "SHAPES", "--device", "cpu"])
+    result = launch(
+        [*TORCHRUN, "--nproc_per_node=2", str(MAIN), "--arch", "deit_huge", "--data-set", "SHAPES", "--device", "cpu"]
+    )
     assert result.returncode != 0
     assert result.stderr.count("error: unknown arch 'deit_huge'") == 1
     assert 'main_dynamic_vit.py", line' not in result.stderr
@@ -279,7 +291,7 @@ def test_stopped_run_goes_on_to_the_same_end(
     weights, expected = (read_checkpoint(run / "checkpoint_last.pth")["model"] for run in (tmp_path, dynamic_run))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    launcher = [*TORCHRUN, "--nproc_per_node=2"]
     torch.save(stopped, tmp_path / "stopped.pth")
     result = launch([*launcher, str(MAIN), *args, "--resume", str(tmp_path / "stopped.pth")])
     assert result.returncode == 0, result.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ONE_THREAD
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -138,9 +139,10 @@ def test_prune_tells_what_the_model_did_and_leaves_it_alone(arch: str) -> None:
 def test_tensorboard_reads_back_what_was_drawn(tmp_path: Path) -> None:
     model, _ = tiny_model()
     images = torch.stack([random_image(32, 32), random_image(32, 32).flip(1), random_image(32, 32).flip(2)])
+    pruning = pictures.prune(model, images)
     sheets = {
-        "strips": pictures.tensorboard_strips(model, images),
-        "scores": pictures.tensorboard_heat_maps(model, images),
+        "strips": pictures.sheet_of_strips(images, pruning, GRID),
+        "scores": pictures.sheet_of_heat_maps(images, pruning, GRID),
     }
     with SummaryWriter(tmp_path) as writer:
         for tag, sheet in sheets.items():
@@ -152,15 +154,14 @@ def test_tensorboard_reads_back_what_was_drawn(tmp_path: Path) -> None:
         assert (event.step, event.width, event.height) == (3, 158 + 12, 3 * (44 + 6) + 6)
         read_back = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
         assert np.array_equal(read_back, sheet.permute(1, 2, 0).numpy())
-    kept = [indices[0] for indices in pictures.prune(model, images).kept]
+    kept = [indices[0] for indices in pruning.kept]
     assert torch.equal(sheets["strips"][:, 6:50, 6:164], pictures.strip(images[0], kept, GRID))
 
 
 def test_visualize_a_folder(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.visualize", str(folder / "val"), "--gif", "--output", str(tmp_path / "out")]
     command += ["--resume", str(folder / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     names = ["000_gray", "001_odd", "002_small"]
     expected = {"contact_sheet.png", *(f"{name}_strip.png" for name in names), *(f"{name}.gif" for name in names)}

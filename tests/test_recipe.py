@@ -47,7 +47,7 @@ def random_batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 def step(trainer: Trainer, seed: int = 0) -> None:
     torch.manual_seed(seed)
     accumulate_gradients(trainer, *random_batch(seed), last=True)
-    assert update_weights(trainer) == 0
+    assert update_weights(trainer, []) == 0
 
 
 # --- Parameter groups

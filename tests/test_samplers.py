@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from samplers import ShardSampler, TrainSampler
+from samplers import TrainSampler
 
 
 def epoch_of(size: int, world_size: int, *, epoch: int = 0, start: int = 0, repeats: int = 1) -> list[list[tuple]]:
@@ -91,14 +91,3 @@ def test_next_epoch_starts_at_its_beginning() -> None:
 def test_every_augmentation_has_its_own_seed(repeats: int) -> None:
     seeds = [seed for epoch in range(3) for share in epoch_of(40, 2, epoch=epoch, repeats=repeats) for _, seed in share]
     assert len(seeds) == 3 * 40 and len(set(seeds)) == len(seeds)
-
-
-@pytest.mark.parametrize(
-    ("size", "world_size", "lengths"),
-    [(7, 3, [3, 2, 2]), (9, 3, [3, 3, 3]), (2, 4, [1, 1, 0, 0]), (5, 1, [5]), (0, 2, [0, 0])],
-)
-def test_shards_partition_the_images(size: int, world_size: int, lengths: list[int]) -> None:
-    shards = [ShardSampler(range(size), rank, world_size) for rank in range(world_size)]
-    assert [len(shard) for shard in shards] == lengths
-    assert [len(list(shard)) for shard in shards] == lengths
-    assert sorted(index for shard in shards for index in shard) == list(range(size))

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,17 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+import utils
 from datasets import AugmentedDataset, LabelledFiles, build_transform
-from engine import Trainer, accumulate_gradients, update_weights
+from engine import accumulate_gradients, copy_statistics, update_weights
 from flops import gflops_of
-from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
-from main_dynamic_vit import AMP_DTYPES, build_scaler, parse_args
-from models import ARCHS, Teacher, combine_heads, create_model
+from main_dynamic_vit import AMP_DTYPES, build_trainer, parse_args
+from models import ARCHS, Teacher, create_model
 from utils import UserError
 
 NUM_CLASSES = 1000
@@ -41,7 +41,7 @@ INPUT_IMAGES = 200  # of a folder, at most
 LATENCY_ROUNDS = 10  # times --repeats, as batch 1 is short and a 95th percentile needs many
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}  # on a GPU several, so that its queue stays filled as in real use
 COLUMNS = {  # of the printed table, by their names in the JSON file: heading, width, decimals
-    "img_size": ("size", 4, 0),
+    "input_size": ("size", 4, 0),
     "base_rate": ("rate", 4, 2),
     "model": ("model", 17, None),
     "images_per_s": ("images/s", 9, 1),
@@ -55,7 +55,9 @@ COLUMNS = {  # of the printed table, by their names in the JSON file: heading, w
     "latency_ratio": ("ratio", 5, 3),
 }
 
-Step = Callable[[Tensor, Tensor], None]  # what is measured, on (B, 3, H, W) images and (B, classes) soft labels
+TRAINING_FLAGS = {"dense": ["--dense"], "dynamic": [], "dynamic + teacher": ["--distill"]}
+
+Step = Callable[[Tensor, Tensor], None]  # what is measured, on (B, 3, H, W) images and (B,) labels
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", choices=ARCHS, default="deit_small")
     parser.add_argument("--base-rate", type=float, default=0.7, help="share of its tokens that each stage keeps")
     parser.add_argument("--keep-rates", type=float, nargs="+", help="instead: shares of the original tokens, by stage")
-    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--input-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--amp", choices=AMP_DTYPES, default="off", help="in inference of weights and images too")
     parser.add_argument("--device", choices=STEPS_PER_TURN, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -93,32 +95,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        check(args)
-        report = measure_input(args) if args.input else run(args)
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
-    except torch.OutOfMemoryError:
-        parser.exit(2, f"{parser.prog}: out of memory on {args.device}; try a smaller --batch-size\n")
-    except (ValueError, UserError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+def main(args: argparse.Namespace) -> None:
+    check(args)
+    report = measure_input(args) if args.input else run(args)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError, with a message for the user."""
+    """Before anything is measured, what would stop it later."""
+    utils.pick_device(args.device)
     if args.batch_size < 1 or args.repeats < 1:
-        raise ValueError("--batch-size and --repeats must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device on this machine")
+        raise UserError("--batch-size and --repeats must be at least 1")
     if args.scaling and args.keep_rates:
-        raise ValueError("--scaling varies the base rate, so it cannot go with --keep-rates")
+        raise UserError("--scaling varies the base rate, so it cannot go with --keep-rates")
+    if args.input and (args.train or args.scaling):
+        raise UserError("--input measures the reading of images alone; leave out --train and --scaling")
     if args.input and not args.input.is_dir():
-        raise ValueError(f"no such folder: {args.input}")
+        raise UserError(f"no such folder: {args.input}")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise ValueError(f"cannot write {args.json}: it is a directory, or its directory does not exist")
+        raise UserError(f"cannot write {args.json}: it is a directory, or its directory does not exist")
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -129,8 +125,8 @@ def run(args: argparse.Namespace) -> dict:
         print(", ".join(f"{name} {value}" for name, value in part.items()))
     print(" ".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values()))
     rows = []
-    for img_size, base_rate in points(args):
-        for row in measure(args, img_size, base_rate):
+    for input_size, base_rate in points(args):
+        for row in measure(args, input_size, base_rate):
             print(table_line(row), flush=True)
             rows.append(row)
     return setup | {"settings": settings, "rows": rows}
@@ -139,10 +135,10 @@ def run(args: argparse.Namespace) -> dict:
 def measure_input(args: argparse.Namespace) -> dict:
     """The training transform, as a loader process runs it; prints images/s of a core, and returns it for --json."""
     torch.set_num_threads(1)
-    options = parse_args(["--input-size", str(args.img_size)])
+    options = parse_args(["--input-size", str(args.input_size)])
     paths = sorted(path for path in args.input.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)[:INPUT_IMAGES]
     if not paths:
-        raise ValueError(f"no images in {args.input}")
+        raise UserError(f"no images in {args.input}")
     data_set = AugmentedDataset(
         LabelledFiles([(str(path), 0) for path in paths], [""], args.input), build_transform(True, options), True
     )
@@ -162,23 +158,31 @@ def measure_input(args: argparse.Namespace) -> dict:
 
 
 def points(args: argparse.Namespace) -> list[tuple[int, float]]:
-    """The (input size, base rate) pairs to measure."""
+    """The (input size, base rate) pairs to measure; training drops no token, so it costs the same at any rate."""
     if not args.scaling:
-        return [(args.img_size, args.base_rate)]
-    return [(size, args.base_rate) for size in SCALING_SIZES] + [(args.img_size, rate) for rate in SCALING_RATES]
+        return [(args.input_size, args.base_rate)]
+    rates = [] if args.train else SCALING_RATES
+    return [(size, args.base_rate) for size in SCALING_SIZES] + [(args.input_size, rate) for rate in rates]
 
 
-def measure(args: argparse.Namespace, img_size: int, base_rate: float) -> list[dict]:
+def measure(args: argparse.Namespace, input_size: int, base_rate: float) -> list[dict]:
     """A row per contender, the dense one first. Ratios are to the dense one; above 1 is better."""
     torch.compiler.reset()  # torch gives up on a function compiled for more than a few models
-    dtype = None if args.train else AMP_DTYPES[args.amp]
-    images = torch.randn(args.batch_size, 3, img_size, img_size, device=args.device, dtype=dtype)
-    labels = torch.randn(args.batch_size, NUM_CLASSES, device=args.device).softmax(dim=-1)
+    shape = (args.batch_size, 3, input_size, input_size)
+    labels = torch.randint(NUM_CLASSES, shape[:1], device=args.device)
+    if args.train:
+        images = torch.randint(256, shape, device=args.device, dtype=torch.uint8)
+        builders = {name: partial(build_training, flags) for name, flags in TRAINING_FLAGS.items()}
+    else:
+        images = torch.randn(shape, device=args.device, dtype=AMP_DTYPES[args.amp])
+        builders = {"dense": partial(build_inference, True), "dynamic": partial(build_inference, False)}
     steps, rows = {}, []
-    for name, build in (training_builders if args.train else inference_builders)(args, img_size, base_rate).items():
-        steps[name], costs = prepare(build, images, labels, args.compile)
+    for name, build in builders.items():
+        contender = build(args, input_size, base_rate)  # one by one, so that each one's memory can be told
+        costs = prepare(contender, images, labels, args.compile)
+        steps[name] = contender.step
         rate = None if args.keep_rates else base_rate
-        rows.append({"img_size": img_size, "base_rate": rate, "model": name} | costs)
+        rows.append({"input_size": input_size, "base_rate": rate, "model": name} | costs)
 
     seconds = interleave(steps, images, labels, args.repeats, STEPS_PER_TURN[args.device])
     for row in rows:
@@ -200,81 +204,49 @@ def ratio_to_dense(seconds: dict[str, np.ndarray], name: str) -> float:
     return float(np.median(seconds["dense"] / seconds[name]))
 
 
-def inference_builders(args: argparse.Namespace, img_size: int, base_rate: float) -> dict[str, Callable[[], Contender]]:
-    """By row: what builds its contender. They are built one by one, so that each one's memory can be told."""
-    dense, dynamic = make_models(args, img_size, base_rate)
+def build_inference(dense: bool, args: argparse.Namespace, input_size: int, base_rate: float) -> Contender:
+    dense_model, dynamic_model = make_models(args, input_size, base_rate)
+    model = (dense_model if dense else dynamic_model).to(args.device, AMP_DTYPES[args.amp]).eval()
 
-    def build(model: nn.Module) -> Contender:
-        model.to(args.device, AMP_DTYPES[args.amp]).eval()
+    @torch.inference_mode()
+    def step(images: Tensor, labels: Tensor) -> None:
+        model(images)
 
-        @torch.inference_mode()
-        def step(images: Tensor, labels: Tensor) -> None:
-            model(images)
-
-        return Contender(step, [model])
-
-    return {"dense": partial(build, dense), "dynamic": partial(build, dynamic)}
+    return Contender(step, [model])
 
 
-def training_builders(args: argparse.Namespace, img_size: int, base_rate: float) -> dict[str, Callable[[], Contender]]:
-    """As inference_builders, for a step of training."""
-    label_loss = SoftTargetCrossEntropy()
-
-    def build_dense() -> Contender:
-        model, _ = make_models(args, img_size, base_rate)
-        return training_contender(args, model, LabelLoss(label_loss))
-
-    def build_dynamic() -> Contender:
-        _, model = make_models(args, img_size, base_rate)
-        predict = combine_heads if hasattr(model, "aux_head") else None
-        return training_contender(args, model, DiffPruningLoss(label_loss, model.keep_rates, predict=predict))
-
-    def build_distilled() -> Contender:
-        teacher, model = make_models(args, img_size, base_rate)
-        teacher = Teacher(teacher).to(args.device)
-        mse_token = not hasattr(model, "aux_head")
-        criterion = DistillDiffPruningLoss(teacher, label_loss, model.keep_rates, mse_token=mse_token)
-        return training_contender(args, model, criterion, teacher)
-
-    return {"dense": build_dense, "dynamic": build_dynamic, "dynamic + teacher": build_distilled}
-
-
-def training_contender(
-    args: argparse.Namespace, model: nn.Module, criterion: nn.Module, *others: nn.Module
-) -> Contender:
-    """The step of a real run, but for the moving average. others: what else than the model is worth compiling."""
-    device, dtype = torch.device(args.device), AMP_DTYPES[args.amp]
-    trainer = Trainer(
-        model=model.to(device).train(),
-        criterion=criterion,
-        optimizer=torch.optim.AdamW(model.parameters(), fused=True),
-        scaler=build_scaler(device, dtype),
-        batch_transform=lambda images: images,
-        device=device,
-        amp_dtype=dtype,
-        schedule=lambda epoch: {},
-    )
+def build_training(flags: Sequence[str], args: argparse.Namespace, input_size: int, base_rate: float) -> Contender:
+    """The step of a real run with these flags, but for mixup and the moving average."""
+    options = parse_args(["--amp", args.amp, "--mixup", "0", "--cutmix", "0", "--no-model-ema", *flags])
+    options.num_classes = NUM_CLASSES
+    device = torch.device(args.device)
+    dense, dynamic = make_models(args, input_size, base_rate)
+    model = (dense if options.dense else dynamic).to(device).train()
+    teacher = Teacher(dense.to(device)) if options.distill else None
+    trainer = build_trainer(options, model, teacher, device)
 
     def step(images: Tensor, labels: Tensor) -> None:
+        statistics = copy_statistics(model)
         accumulate_gradients(trainer, images, labels, last=True)
-        update_weights(trainer)
+        update_weights(trainer, statistics)
 
-    return Contender(step, [model, *others], trainer.optimizer)
+    return Contender(step, [model, teacher] if teacher else [model], trainer.optimizer)
 
 
-def make_models(args: argparse.Namespace, img_size: int, base_rate: float) -> tuple[nn.Module, nn.Module]:
+def make_models(args: argparse.Namespace, input_size: int, base_rate: float) -> tuple[nn.Module, nn.Module]:
     """The dense model and the dynamic one, on the CPU, with the same weights."""
-    dense = create_model(args.arch, num_classes=NUM_CLASSES, img_size=img_size, dense=True)
-    dynamic = create_model(args.arch, base_rate, num_classes=NUM_CLASSES, img_size=img_size, keep_rates=args.keep_rates)
+    sizes = {"num_classes": NUM_CLASSES, "img_size": input_size}
+    try:
+        dense = create_model(args.arch, dense=True, **sizes)
+        dynamic = create_model(args.arch, base_rate, keep_rates=args.keep_rates, **sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     dynamic.load_state_dict(dense.state_dict(), strict=False)
     return dense, dynamic
 
 
-def prepare(
-    build: Callable[[], Contender], images: Tensor, labels: Tensor, compile_mode: str | None
-) -> tuple[Step, dict]:
-    """Builds a contender; returns its step, and its GFLOPs per image and peak memory."""
-    contender = build()
+def prepare(contender: Contender, images: Tensor, labels: Tensor, compile_mode: str | None) -> dict:
+    """Compiles it where that is asked for; returns its GFLOPs per image and peak memory."""
     costs = {"gflops": gflops_of(lambda: contender.step(images[:1], labels[:1]))}
     if compile_mode:
         for module in contender.modules:
@@ -283,7 +255,7 @@ def prepare(
     contender.step(images, labels)  # compilation and autotuning need memory of their own
     allocated = peak_allocated(partial(contender.step, images, labels), images.is_cuda)
     costs["peak_mib"] = (bytes_held(contender) + allocated) / 2**20
-    return contender.step, costs
+    return costs
 
 
 def bytes_held(contender: Contender) -> int:
@@ -358,5 +330,9 @@ def table_line(row: dict) -> str:
     return " ".join(cells)
 
 
+def command(argv: Sequence[str] | None = None) -> None:
+    main(build_parser().parse_args(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(utils.exit_status(command))

@@ -5,6 +5,7 @@
 Both trainings are main_dynamic_vit.py itself; what is here only calls it and measures.
 """
 
+import argparse
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ BATCH_SIZE, ROUNDS = 64, 15
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="demo", description=__doc__.split("\n")[0]).parse_args()
     started = time.monotonic()
     for title, args in (("1. A dense ViT", DENSE), ("2. The same, made dynamic", DYNAMIC)):
         print(f"\n{title}: main_dynamic_vit.py {' '.join(args)}\n", flush=True)
