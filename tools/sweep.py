@@ -10,6 +10,7 @@ import argparse
 import csv
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -158,9 +159,11 @@ def evaluate_at(
     utils.set_seed(0)  # random scores that a second sweep draws again
     hits, paces = dict.fromkeys(variants, 0), {name: [] for name in variants}
     batch_transform = BatchTransform(device)
+    turns = deque(variants.items())
     for batch, (images, labels) in enumerate(loader):
         images, labels = batch_transform(images), labels.to(device)
-        for name, model in variants.items():
+        turns.rotate()  # the first of a turn shares the cores with loader processes that read the next batch
+        for name, model in turns:
             with autocast(device, amp_dtype):
                 if batch == 0:
                     model(images)  # the first pass of a kind is slow, and not measured
