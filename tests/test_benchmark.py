@@ -86,6 +86,24 @@ def test_row_is_made_of_the_seconds_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert dynamic["p50_ms"] == pytest.approx(10) and dynamic["latency_ratio"] == pytest.approx(2)
 
 
+@pytest.mark.parametrize("flags", [[], ["--train"]])
+@pytest.mark.usefixtures("small_archs")
+def test_models_compared_have_the_same_weights(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = []
+
+    def prepare(contender, images, labels, compile_mode) -> dict:
+        weights.extend({n: t.clone() for n, t in module.state_dict().items()} for module in contender.modules)
+        return {"gflops": 1.0}
+
+    monkeypatch.setattr(benchmark, "prepare", prepare)
+    benchmark.measure(benchmark.build_parser().parse_args([*TINY, *flags]), 32, 0.7)
+    dense, *others = weights
+    assert len(others) == (3 if flags else 1)  # a teacher's names begin with vit.
+    for other in others:
+        other = {name.removeprefix("vit."): tensor for name, tensor in other.items()}
+        assert all(torch.equal(other[name], tensor) for name, tensor in dense.items())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_peak_memory_of_a_step(device: str) -> None:
     model = torch.nn.Linear(1000, 1000, bias=False, device=device)

@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,15 +171,16 @@ def measure(args: argparse.Namespace, input_size: int, base_rate: float) -> list
     torch.compiler.reset()  # torch gives up on a function compiled for more than a few models
     shape = (args.batch_size, 3, input_size, input_size)
     labels = torch.randint(NUM_CLASSES, shape[:1], device=args.device)
+    dense, dynamic = make_models(args, input_size, base_rate)
     if args.train:
         images = torch.randint(256, shape, device=args.device, dtype=torch.uint8)
-        builders = {name: partial(build_training, flags) for name, flags in TRAINING_FLAGS.items()}
+        builders = {n: partial(build_training, args, flags, dense, dynamic) for n, flags in TRAINING_FLAGS.items()}
     else:
         images = torch.randn(shape, device=args.device, dtype=AMP_DTYPES[args.amp])
-        builders = {"dense": partial(build_inference, True), "dynamic": partial(build_inference, False)}
+        builders = {n: partial(build_inference, args, m) for n, m in (("dense", dense), ("dynamic", dynamic))}
     steps, rows = {}, []
     for name, build in builders.items():
-        contender = build(args, input_size, base_rate)  # one by one, so that each one's memory can be told
+        contender = build()  # one by one, so that each one's memory can be told
         costs = prepare(contender, images, labels, args.compile)
         steps[name] = contender.step
         rate = None if args.keep_rates else base_rate
@@ -204,9 +206,8 @@ def ratio_to_dense(seconds: dict[str, np.ndarray], name: str) -> float:
     return float(np.median(seconds["dense"] / seconds[name]))
 
 
-def build_inference(dense: bool, args: argparse.Namespace, input_size: int, base_rate: float) -> Contender:
-    dense_model, dynamic_model = make_models(args, input_size, base_rate)
-    model = (dense_model if dense else dynamic_model).to(args.device, AMP_DTYPES[args.amp]).eval()
+def build_inference(args: argparse.Namespace, model: nn.Module) -> Contender:
+    model.to(args.device, AMP_DTYPES[args.amp]).eval()
 
     @torch.inference_mode()
     def step(images: Tensor, labels: Tensor) -> None:
@@ -215,14 +216,13 @@ def build_inference(dense: bool, args: argparse.Namespace, input_size: int, base
     return Contender(step, [model])
 
 
-def build_training(flags: Sequence[str], args: argparse.Namespace, input_size: int, base_rate: float) -> Contender:
-    """The step of a real run with these flags, but for mixup and the moving average."""
+def build_training(args: argparse.Namespace, flags: Sequence[str], dense: nn.Module, dynamic: nn.Module) -> Contender:
+    """The step of a real run with these flags, but for mixup and the moving average; trains copies."""
     options = parse_args(["--amp", args.amp, "--mixup", "0", "--cutmix", "0", "--no-model-ema", *flags])
     options.num_classes = NUM_CLASSES
     device = torch.device(args.device)
-    dense, dynamic = make_models(args, input_size, base_rate)
-    model = (dense if options.dense else dynamic).to(device).train()
-    teacher = Teacher(dense.to(device)) if options.distill else None
+    model = deepcopy(dense if options.dense else dynamic).to(device).train()
+    teacher = Teacher(deepcopy(dense).to(device)) if options.distill else None
     trainer = build_trainer(options, model, teacher, device)
 
     def step(images: Tensor, labels: Tensor) -> None:
