@@ -1,12 +1,17 @@
-from .factory import ARCHS, create_model, geometric_keep_rates
+from .factory import ARCHS, build_model, create_model, geometric_keep_rates, make_dynamic
 from .lvvit import combine_heads
 from .pretrained import CheckpointError, find_weights, load_weights, read_checkpoint
-from .pruning import Teacher, make_dynamic
+from .pruning import Teacher
+from .spec import ModelError, ModelSpec, Preprocessing
 
 __all__ = [
     "ARCHS",
     "CheckpointError",
+    "ModelError",
+    "ModelSpec",
+    "Preprocessing",
     "Teacher",
+    "build_model",
     "combine_heads",
     "create_model",
     "find_weights",

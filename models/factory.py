@@ -1,85 +1,191 @@
-"""The known architectures, and create_model."""
+"""Builds models: those of the papers by our names, everything else by timm's."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import timm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from . import pruning
 from .lvvit import LVViT
-from .pruning import make_dynamic
+from .spec import ModelError, ModelSpec, Preprocessing
 
 DeiT = partial(VisionTransformer, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+DEFAULT_CLASSES, DEFAULT_SIZE = 1000, 224  # of the papers' models
 
 
 @dataclass(frozen=True)
 class Arch:
-    """One row of the paper's model table."""
+    """One row of a paper's model table."""
 
-    backbone: type[VisionTransformer] | partial
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
+    backbone: Callable[..., nn.Module]
+    sizes: dict[str, Any]
     pruning_loc: tuple[int, ...]
     weights: str | None  # dense weights that download_pretrain.sh puts into pretrained/
 
 
+def vit_sizes(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> dict[str, Any]:
+    return {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "patch_size": 16}
+
+
 ARCHS = {
-    "deit_tiny": Arch(DeiT, 192, 12, 3, 4.0, (3, 6, 9), "deit_tiny_patch16_224-a1311bcf.pth"),
-    "deit_256": Arch(DeiT, 256, 12, 4, 4.0, (3, 6, 9), None),
-    "deit_small": Arch(DeiT, 384, 12, 6, 4.0, (3, 6, 9), "deit_small_patch16_224-cd65a155.pth"),
-    "deit_base": Arch(DeiT, 768, 12, 12, 4.0, (3, 6, 9), "deit_base_patch16_224-b5f2ef4d.pth"),
-    "lvvit_s": Arch(LVViT, 384, 16, 6, 3.0, (4, 8, 12), "lvvit_s-224-83.3.pth.tar"),
-    "lvvit_m": Arch(LVViT, 512, 20, 8, 3.0, (5, 10, 15), "lvvit_m-56M-224-84.0.tar"),
+    "deit_tiny": Arch(DeiT, vit_sizes(192, 12, 3, 4.0), (3, 6, 9), "deit_tiny_patch16_224-a1311bcf.pth"),
+    "deit_256": Arch(DeiT, vit_sizes(256, 12, 4, 4.0), (3, 6, 9), None),
+    "deit_small": Arch(DeiT, vit_sizes(384, 12, 6, 4.0), (3, 6, 9), "deit_small_patch16_224-cd65a155.pth"),
+    "deit_base": Arch(DeiT, vit_sizes(768, 12, 12, 4.0), (3, 6, 9), "deit_base_patch16_224-b5f2ef4d.pth"),
+    "lvvit_s": Arch(LVViT, vit_sizes(384, 16, 6, 3.0), (4, 8, 12), "lvvit_s-224-83.3.pth.tar"),
+    "lvvit_m": Arch(LVViT, vit_sizes(512, 20, 8, 3.0), (5, 10, 15), "lvvit_m-56M-224-84.0.tar"),
 }
 
 
 def create_model(
     arch: str,
     base_rate: float = 0.7,
-    num_classes: int = 1000,
-    img_size: int = 224,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     *,
     dense: bool = False,
-    embed_dim: int | None = None,
-    depth: int | None = None,
-    num_heads: int | None = None,
-    mlp_ratio: float | None = None,
-    patch_size: int = 16,
     pruning_loc: Sequence[int] | None = None,
     keep_rates: Sequence[float] | None = None,
-) -> VisionTransformer:
+    scorer: str = "predictor",
+    reducer: str = "drop",
+    **sizes: Any,
+) -> nn.Module:
     """Builds a dynamic model, or with dense=True its plain backbone.
 
+    arch: one of ARCHS, or any timm name of a family that make_dynamic knows.
     base_rate: stage s keeps base_rate ** s of the original patch tokens (s = 1, 2, ...), unless
-    keep_rates names the shares one by one. All else defaults to the architecture's own.
+    keep_rates names the shares one by one. num_classes, img_size (pixels) and sizes (embed_dim,
+    depth, num_heads, mlp_ratio, patch_size; for Swin and ConvNeXt depths, window_size) default to the
+    architecture's own: 1000 classes and 224 pixels for those of the papers.
     A dynamic model returns (logits, tokens, keep_mask, keep_decisions) in train mode and logits in
     eval mode, a dense one logits; Teacher makes a dense one return (logits, tokens).
-    Raises ValueError, with a message for the user, if anything does not fit.
+    model.spec describes what was built. Raises ModelError, with a message for the user, if anything
+    does not fit.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"unknown arch '{arch}'; known: {', '.join(ARCHS)}")
-    spec = ARCHS[arch]
-    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
-    sizes = {name: getattr(spec, name) if value is None else value for name, value in sizes.items()}
-    sizes |= {"img_size": img_size, "patch_size": patch_size, "num_classes": num_classes}
-    for name, value in sizes.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    return build_model(
+        ModelSpec(
+            arch,
+            base_rate,
+            num_classes,
+            img_size,
+            dense,
+            {name: value for name, value in sizes.items() if value is not None},
+            None if pruning_loc is None else tuple(pruning_loc),
+            None if keep_rates is None else tuple(keep_rates),
+            scorer,
+            reducer,
+        )
+    )
+
+
+def build_model(spec: ModelSpec, drop_path: float = 0.0) -> nn.Module:
+    """The model with fresh weights, and as its attribute `spec` the description with nothing left open.
+
+    drop_path: the share of residual branches left out in training at the last block (0 at the first).
+    """
+    if spec.arch in ARCHS:
+        model, spec = build_known(spec, drop_path)
+    else:
+        model, spec = build_by_timm_name(spec, drop_path)
+    if not spec.dense:
+        pruning_loc = default_pruning_loc(spec, model) if spec.pruning_loc is None else spec.pruning_loc
+        keep_rates = spec.keep_rates or geometric_keep_rates(spec.base_rate, len(pruning_loc))
+        spec = replace(spec, pruning_loc=tuple(pruning_loc), keep_rates=tuple(keep_rates))
+        try:
+            model = make_dynamic(model, pruning_loc, keep_rates, spec.scorer, spec.reducer)
+        except ModelError:
+            raise
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+    model.spec = spec
+    return model
+
+
+def build_known(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, ModelSpec]:
+    """A paper's backbone by our name, and the completed spec."""
+    arch = ARCHS[spec.arch]
+    strangers = sorted(set(spec.sizes) - set(arch.sizes))
+    if strangers:
+        raise ModelError(f"{spec.arch} has no {strangers[0]}; its sizes are {', '.join(arch.sizes)}")
+    sizes = arch.sizes | spec.sizes
+    spec = replace(
+        spec,
+        num_classes=DEFAULT_CLASSES if spec.num_classes is None else spec.num_classes,
+        img_size=DEFAULT_SIZE if spec.img_size is None else spec.img_size,
+        preprocessing=spec.preprocessing or Preprocessing(),
+    )
+    check_sizes(spec, sizes)
+    backbone = arch.backbone(img_size=spec.img_size, num_classes=spec.num_classes, drop_path_rate=drop_path, **sizes)
+    return backbone, spec
+
+
+def check_sizes(spec: ModelSpec, sizes: dict[str, Any]) -> None:
+    """What timm would answer with an assertion."""
+    if "depth" not in sizes:
+        return
     if sizes["embed_dim"] % sizes["num_heads"]:
-        raise ValueError(f"embed_dim {sizes['embed_dim']} cannot be divided among {sizes['num_heads']} heads")
-    if img_size % patch_size:
-        raise ValueError(f"patch size {patch_size} does not divide input size {img_size}")
-    vit = spec.backbone(**sizes)
-    if dense:
-        return vit
-    if pruning_loc is None:
-        pruning_loc = spec.pruning_loc
-    if keep_rates is None:
-        keep_rates = geometric_keep_rates(base_rate, len(pruning_loc))
-    return make_dynamic(vit, pruning_loc, keep_rates)
+        raise ModelError(f"embed_dim {sizes['embed_dim']} cannot be divided among {sizes['num_heads']} heads")
+    sides = spec.img_size if isinstance(spec.img_size, tuple) else (spec.img_size,)
+    if any(side % sizes["patch_size"] for side in sides):
+        raise ModelError(f"patch size {sizes['patch_size']} does not divide input size {spec.img_size}")
+
+
+def build_by_timm_name(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, ModelSpec]:
+    """Any timm model, and the spec completed from its pretrained_cfg."""
+    if not timm.is_model(spec.arch):
+        raise ModelError(
+            f"unknown arch '{spec.arch}'; known: {', '.join(ARCHS)}, and timm's names (timm.list_models())"
+        )
+    options = dict(spec.sizes, num_classes=spec.num_classes, img_size=spec.img_size)
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    try:
+        model = timm.create_model(spec.arch, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"timm cannot build {spec.arch} with {options}: {error}") from error
+    config = model.pretrained_cfg
+    return model, replace(
+        spec,
+        num_classes=model.num_classes,
+        img_size=spec.img_size or one_side(config["input_size"][1:]),
+        preprocessing=spec.preprocessing
+        or Preprocessing(tuple(config["mean"]), tuple(config["std"]), config["crop_pct"], config["interpolation"]),
+    )
+
+
+def one_side(size: Sequence[int]) -> int | tuple[int, int]:
+    """(height, width), or one number where they are equal."""
+    height, width = size
+    return height if height == width else (height, width)
+
+
+def make_dynamic(
+    backbone: nn.Module,
+    pruning_loc: Sequence[int],
+    keep_rates: Sequence[float],
+    scorer: str = "predictor",
+    reducer: str = "drop",
+) -> nn.Module:
+    """Makes a trained timm backbone dynamic, in place; its own weights and names stay.
+
+    pruning_loc: the blocks before which tokens are reduced. keep_rates: the share of the original
+    patch tokens kept after each of these stages. Raises ValueError if anything does not fit.
+    """
+    return pruning.make_dynamic(backbone, pruning_loc, keep_rates)
+
+
+def default_pruning_loc(spec: ModelSpec, backbone: nn.Module) -> tuple[int, ...]:
+    """The paper's own, or as in the paper: before each quarter of the blocks but the first."""
+    if spec.arch in ARCHS:
+        return ARCHS[spec.arch].pruning_loc
+    if not hasattr(backbone, "blocks"):
+        raise ModelError(f"token pruning is not made for a {type(backbone).__name__}")
+    depth = len(backbone.blocks)
+    return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
 
 
 def geometric_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:

@@ -13,6 +13,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from .spec import ModelError
+
 StateDict = dict[str, Tensor]
 
 WEIGHT_KEYS = ("model", "state_dict")  # ours and DeiT's, timm's; else the file is a bare state dict
@@ -20,7 +22,7 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 HEAD_NAMES = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ModelError):
     """A file that is no usable checkpoint, or weights that do not fit; the message is for the user."""
 
 
