@@ -179,8 +179,8 @@ def make_dynamic(
 
 
 def default_pruning_loc(spec: ModelSpec, backbone: nn.Module) -> tuple[int, ...]:
-    """The paper's own, or as in the paper: before each quarter of the blocks but the first."""
-    if spec.arch in ARCHS:
+    """The paper's, or by its rule: before each quarter of the blocks but the first."""
+    if spec.arch in ARCHS and "depth" not in spec.sizes:
         return ARCHS[spec.arch].pruning_loc
     if not hasattr(backbone, "blocks"):
         raise ModelError(f"token pruning is not made for a {type(backbone).__name__}")
