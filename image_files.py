@@ -17,7 +17,7 @@ from utils import ImageError
 class ImageFiles(Dataset):
     """Image files with their labels, read when they are asked for.
 
-    The paths lie end to end in one string of bytes. As a million Python objects they would take
+    The paths lie end to end in one array of bytes. As a million Python objects they would take
     several times the memory in every process, and every loader process would in time have its own
     copy of them, because merely looking at an object writes its reference count.
     """
@@ -25,12 +25,11 @@ class ImageFiles(Dataset):
     def __init__(self, samples: Iterable[tuple[str, int]], classes: Sequence[str], root: Path) -> None:
         """samples: (path, label). classes: names by label, none where there are no labels. root: a
         folder above all the images; the data may be moved with it and still count as the same."""
-        paths, self.ends, self.labels = bytearray(), array("q", [0]), array("i")
+        self.paths, self.ends, self.labels = bytearray(), array("q", [0]), array("i")
         for path, label in samples:
-            paths += path.encode(errors="surrogateescape")
-            self.ends.append(len(paths))
+            self.paths += path.encode(errors="surrogateescape")
+            self.ends.append(len(self.paths))
             self.labels.append(label)
-        self.paths = bytes(paths)
         self.classes = list(classes)
         self.root = root
 
