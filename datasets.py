@@ -1,33 +1,91 @@
-"""The data sets by name, and what happens to an image on its way to the model."""
+"""The data sets by name, what happens to an image on its way to the model, and the loaders."""
 
-import argparse
 import hashlib
 import json
+import math
 import os
-import warnings
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
+from timm.data import ImageNetInfo, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 
+from image_files import ImageFiles, class_folders, list_images, scan
+from models.spec import Preprocessing
+from samplers import TrainSampler
 from shapes import Shapes
-from utils import ImageError, UserError, log, max_over_processes, set_seed
+from utils import ImageError, UserError, get_rank, get_world_size, ignore_stop_signals, log, max_over_processes
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
-# Images of these come small; they are trained on at their own size where --input-size allows it.
-NATIVE_SIZE = {"CIFAR": 32, "CIFAR10": 32}
-EVAL_CROP = 224 / 256  # DeiT: resize to 256, cut out the central 224
-IGNORED_LABEL = -100  # of an image that does not count; torch's own default for this
-MAX_BAD_IMAGES = 100  # in a row; more look like a disk that is gone
-NUM_SIZES = 1000  # files whose sizes are part of the fingerprint: to ask for a million takes minutes
+# Images of these are small; they are trained on at their own size where the model's input size is the same.
+NATIVE_SIZE = {"CIFAR": (32, 32), "CIFAR10": (32, 32)}
+IGNORED_LABEL = -100  # of an image that does not count, or has no label; torch's own default for this
+MAX_BAD_IMAGES = 100  # in a row; more of them look like a disk that is gone
+NUM_SIZES = 1000  # files whose sizes are part of the fingerprint: asking for a million takes minutes
+WORKERS_PER_CORE = 16
+
+Size = int | tuple[int, int]  # in pixels: of a square, or (height, width)
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which data set. num_classes: of the model, None for as many as the data set has."""
+
+    data_set: str = "IMNET"
+    data_path: str = ""
+    num_classes: int | None = None
+    skip_bad_images: bool = False
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied; the defaults are DeiT's. Raises UserError where a value makes no sense.
+
+    color_jitter: only where aa, one of timm's auto-augment policies, is "none". reprob, remode: probability of
+    random erasing and what erased pixels become. scale: smallest and largest share of the image that is cut out.
+    """
+
+    color_jitter: float = 0.4
+    aa: str = "rand-m9-mstd0.5-inc1"
+    train_interpolation: str = "bicubic"
+    reprob: float = 0.25
+    remode: str = "pixel"
+    scale: tuple[float, float] = (0.08, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.color_jitter < math.inf:
+            raise UserError(f"--color-jitter cannot be negative or infinite, got {self.color_jitter}")
+        if self.train_interpolation not in ("random", "bilinear", "bicubic"):
+            raise UserError(f"--train-interpolation is random, bilinear or bicubic, got {self.train_interpolation}")
+        if not 0 <= self.reprob <= 1:
+            raise UserError(f"--reprob must lie in [0, 1], got {self.reprob}")
+        if self.remode not in ("const", "rand", "pixel"):
+            raise UserError(f"--remode is const, rand or pixel, got {self.remode}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"the scale of random crops must be two ascending shares of the image, got {self.scale}")
+        try:
+            create_transform(224, is_training=True, auto_augment=self.policy)
+        except (AssertionError, ValueError) as error:
+            raise UserError(
+                f"--aa {self.aa} is not a policy that timm knows; use for example rand-m9-mstd0.5-inc1, "
+                "original-mstd0.5, augmix-m5-w4-d2, 3a or none"
+            ) from error
+
+    @property
+    def policy(self) -> str | None:
+        """What timm calls auto_augment."""
+        return None if self.aa.lower() in ("", "none") else self.aa
 
 
 class AugmentedDataset(Dataset):
@@ -35,13 +93,11 @@ class AugmentedDataset(Dataset):
 
     Takes an index, or (index, seed) as samplers.TrainSampler yields them: then all the transform's
     randomness comes from that seed, so that it depends on no worker, no order and no earlier run.
-    skip_bad: in place of an image that cannot be read stands the next one that can, in validation
-    with IGNORED_LABEL; else ImageError.
+    skip_bad: an image that cannot be read is replaced by the next one that can, in validation
+    with IGNORED_LABEL; otherwise it raises ImageError.
     """
 
-    def __init__(
-        self, source: Dataset, transform: Callable[[Image.Image], Tensor], train: bool, skip_bad: bool = False
-    ) -> None:
+    def __init__(self, source: Dataset, transform: Transform, train: bool, skip_bad: bool = False) -> None:
         self.source = source
         self.transform = transform
         self.train = train
@@ -54,13 +110,14 @@ class AugmentedDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = key if isinstance(key, tuple) else (key, None)
         if seed is not None:
-            set_seed(seed)
+            seed_cpu(seed)
         image, label = self.read(index)
         return self.transform(image), label
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         if not self.skip_bad:
             return self.source[index]
+        index = range(len(self))[index]  # IndexError where it must be
         for candidate in islice(chain(range(index, len(self)), range(index)), MAX_BAD_IMAGES):
             try:
                 image, label = self.source[candidate]
@@ -68,149 +125,156 @@ class AugmentedDataset(Dataset):
                 self.is_bad[candidate] = 1
             else:
                 return image, label if self.train or candidate == index else IGNORED_LABEL
-        raise ImageError(f"none of {self.source.samples[index][0]} and the images after it can be read")
+        raise ImageError(f"neither {self.source.path(index)} nor the images after it can be read")
 
     def bad_images(self) -> list[str]:
-        """Those that any process has met so far. Collective: call it in all of them."""
+        """Paths of those that any process has met so far. Collective: all processes must call it."""
         if not self.skip_bad:
             return []
-        return [self.source.samples[i][0] for i in max_over_processes(self.is_bad).nonzero().flatten()]
+        return [self.source.path(i) for i in max_over_processes(self.is_bad).nonzero().flatten().tolist()]
 
 
-class LabelledFiles(Dataset):
-    """Image files somewhere under a root folder, listed as (path, label)."""
-
-    def __init__(self, samples: list[tuple[str, int]], classes: list[str], root: Path) -> None:
-        self.samples = samples
-        self.classes = classes
-        self.root = root
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        return open_image(path), label
+def seed_cpu(seed: int) -> None:
+    """Draws as utils.set_seed gives them on the CPU. It leaves GPUs alone: to seed them takes longer
+    (0.1 ms, even where there are none) than all the random numbers of an image, and no transform uses them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
 
 
-def open_image(path: str) -> Image.Image:
-    """Any image file as RGB. Raises ImageError that names a file that cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            # Broken EXIF and palette transparency do not change the pixels that we use, but an
-            # image too large to be one (a decompression bomb) is refused.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = str(error).splitlines()[0].replace(f" {str(path)!r}", "")
-        raise ImageError(f"cannot read image {path} ({reason}); replace or remove it") from error
-
-
-def build_dataset(train: bool, args: argparse.Namespace) -> AugmentedDataset:
-    """The training or validation set of --data-set; its `source.classes` names the classes in order."""
-    source = build_source(train, args)
+def build_dataset(
+    train: bool, options: DataOptions, transform: Transform, size: Size, labelled: bool = True
+) -> AugmentedDataset:
+    """The training or validation set; its `source.classes` names the classes in order. Parameters as build_source."""
+    source = build_source(train, options, size, labelled)
     if len(source) == 0:
-        raise UserError(f"no images found for {'training' if train else 'validation'} in {args.data_path}")
-    return AugmentedDataset(source, build_transform(train, args), train, args.skip_bad_images)
+        raise UserError(f"no images found for {'training' if train else 'validation'} in {options.data_path}")
+    return AugmentedDataset(source, transform, train, options.skip_bad_images)
+
+
+def build_source(train: bool, options: DataOptions, size: Size, labelled: bool = True) -> Dataset:
+    """(RGB image, label) pairs with `classes`, the names of the labels. Raises UserError if there is no such data.
+
+    size: of the images that SHAPES draws. labelled: whether images need labels; if not, IMNET's train/ and val/
+    may also hold images without class folders, which then have IGNORED_LABEL, and `classes` is empty.
+    """
+    if options.data_set == "SHAPES":
+        return draw_shapes(train, size)
+    if not options.data_path:
+        raise UserError("--data-path is missing: the data set's folder (or try --data-set SHAPES, which needs none)")
+    root = Path(options.data_path)
+    if not root.is_dir():
+        raise UserError(f"no data folder {root}; set --data-path (or try --data-set SHAPES, which needs none)")
+    if options.data_set in ("CIFAR", "CIFAR10"):
+        return read_cifar(root, train, CIFAR100 if options.data_set == "CIFAR" else CIFAR10)
+    if options.data_set in ("INAT", "INAT19"):
+        return read_inaturalist(root, train, year=2018 if options.data_set == "INAT" else 2019)
+    if options.data_set == "IMNET":
+        return read_train_or_val(root, train, options.num_classes, labelled)
+    raise UserError(f"unknown --data-set {options.data_set}; known: {', '.join(DATA_SETS)}")
 
 
 def fingerprint(source: Dataset) -> str:
     """Changes with the number, the names and the labels of the images, and with the file sizes of some of them."""
     digest = hashlib.sha256(repr(source.classes).encode())
-    if isinstance(source, LabelledFiles):
-        for path, label in source.samples:
+    if isinstance(source, ImageFiles):
+        for path, label in source.samples():
             digest.update(f"{path.removeprefix(str(source.root))} {label}\n".encode(errors="surrogateescape"))
-        for path, _ in source.samples[:: -(-len(source) // NUM_SIZES)]:
+        for index in range(0, len(source), -(-len(source) // NUM_SIZES)):
+            path = source.path(index)
             digest.update(f"{os.path.getsize(path) if os.path.exists(path) else 0} ".encode())
     return f"{len(source)} images, {digest.hexdigest()[:16]}"
 
 
-def build_source(train: bool, args: argparse.Namespace) -> Dataset:
-    if args.data_set == "SHAPES":
-        try:
-            return Shapes(train, size=args.input_size)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    root = Path(args.data_path)
-    if not root.is_dir():
-        raise UserError(f"no data folder {root}; set --data-path (or try --data-set SHAPES, which needs none)")
-    if args.data_set in ("CIFAR", "CIFAR10"):
-        cifar = CIFAR100 if args.data_set == "CIFAR" else CIFAR10
-        try:
-            return cifar(str(root), train=train)
-        except RuntimeError as error:
-            raise UserError(
-                f'no {cifar.__name__} in {root}; get it: python -c "import torchvision; '
-                f"torchvision.datasets.{cifar.__name__}('{root}', download=True)\""
-            ) from error
-    if args.data_set in ("INAT", "INAT19"):
-        return read_inaturalist(root, train, year=2018 if args.data_set == "INAT" else 2019)
-    return read_image_folder(root, train, args.num_classes)
+def draw_shapes(train: bool, size: Size) -> Shapes:
+    height, width = as_pair(size)
+    if height != width:
+        raise UserError(f"images of SHAPES are square, got {height} x {width} pixels")
+    try:
+        return Shapes(train, size=height)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def read_image_folder(root: Path, train: bool, num_classes: int | None) -> LabelledFiles:
-    """ImageNet's layout: root/train/<class>/* and root/val/<class>/*.
+def read_cifar(root: Path, train: bool, kind: type[CIFAR10]) -> CIFAR10:
+    try:
+        return kind(str(root), train=train)
+    except RuntimeError as error:
+        raise UserError(
+            f'no {kind.__name__} in {root}; get it: python -c "import torchvision; '
+            f"torchvision.datasets.{kind.__name__}('{root}', download=True)\""
+        ) from error
 
-    Labels are the ranks of the class folders, of those in train/ if it is there. Folders that are
-    all WordNet ids of ImageNet-1k take their ImageNet indices, though some may be missing, unless
-    num_classes asks for a model of another size.
-    """
+
+def read_train_or_val(root: Path, train: bool, num_classes: int | None, labelled: bool) -> ImageFiles:
+    """ImageNet's layout: root/train/<class>/* and root/val/<class>/*; classes are those in train/, if it has any."""
     folder = root / ("train" if train else "val")
     if not folder.is_dir():
+        wanted = ("<class>/*", "<class>/*") if labelled else ("*", "*")
         raise UserError(
-            f"no folder {folder}; the layout of --data-path is {root}/train/<class>/* and {root}/val/<class>/*"
+            f"no folder {folder}; the layout of --data-path is {root}/train/{wanted[0]} and {root}/val/{wanted[1]}"
         )
+    training = root / "train"
+    return read_folder(folder, num_classes, labelled, class_folders(training) if training.is_dir() else (), root)
+
+
+def read_folder(
+    folder: Path,
+    num_classes: int | None = None,
+    labelled: bool = True,
+    classes: Sequence[str] = (),
+    root: Path | None = None,
+) -> ImageFiles:
+    """The images below a folder, labelled by the class folders that they lie in.
+
+    Labels are ranks in classes (by default: of the folders found). Folders that are all WordNet ids
+    of ImageNet-1k take their ImageNet indices, though some may be missing, unless num_classes asks
+    for a model of another size. labelled: as in build_source; if False, a folder without class
+    folders, or with images beside them, has no labels. root: see ImageFiles.
+    """
+    beside, _ = scan(folder)
     found = class_folders(folder)
-    classes = class_folders(root / "train") or found
+    if not labelled and (beside or not found):
+        return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder)
+    if not found:
+        raise UserError(f"no class folders in {folder}; images belong in {folder}/<class>/")
+    classes = classes or found
     wnids = ImageNetInfo("imagenet-1k").label_names()
     if num_classes in (None, len(wnids)) and set(classes) | set(found) <= set(wnids):
         classes = wnids
     strangers = sorted(set(found) - set(classes))
     if strangers:
-        raise UserError(f"classes in {folder} that {root / 'train'} does not have: {', '.join(strangers[:5])}")
+        raise UserError(f"classes in {folder} that {root}/train does not have: {', '.join(strangers[:5])}")
     label_of = {name: label for label, name in enumerate(classes)}
-    files = ImageFolder(str(folder), allow_empty=True)
-    samples = [(path, label_of[files.classes[rank]]) for path, rank in files.samples]
-    empty = sorted(set(found) - {classes[label] for _, label in samples})
-    if empty and samples:
-        log(f"warning: class folders without images in {folder}: {', '.join(empty)}")
-    return LabelledFiles(samples, classes, root)
+    samples = ((path, label_of[name]) for name in found for path in list_images(folder / name))
+    files = ImageFiles(samples, classes, root or folder)
+    empty = set(found) - {classes[label] for label in set(files.labels)}
+    if empty and len(files) > 0:
+        log(f"warning: class folders without images in {folder}: {', '.join(sorted(empty))}")
+    return files
 
 
-def class_folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not found:
-        raise UserError(f"no class folders in {folder}; images belong in {folder}/<class>/")
-    return found
-
-
-def read_inaturalist(root: Path, train: bool, year: int) -> LabelledFiles:
+def read_inaturalist(root: Path, train: bool, year: int) -> ImageFiles:
     """iNaturalist 2018 or 2019 by its own JSON files; labels in DeiT's order, by first appearance."""
     try:
-        return list_inaturalist(root, train, year)
+        train_json = read_json(root / f"train{year}.json")
+        labels: dict[int, int] = {}
+        for annotation in train_json["annotations"]:
+            labels.setdefault(annotation["category_id"], len(labels))
+        listing = train_json if train else read_json(root / f"val{year}.json")
+        names = {c["id"]: c["name"] for c in read_json(root / "categories.json")}
+        return ImageFiles(inaturalist_samples(root, listing, labels), [names[category] for category in labels], root)
     except (KeyError, TypeError) as error:
         raise UserError(f"the JSON files in {root} are not iNaturalist's ({error!r})") from error
 
 
-def list_inaturalist(root: Path, train: bool, year: int) -> LabelledFiles:
-    train_json = read_json(root / f"train{year}.json")
-    labels: dict[int, int] = {}
-    for annotation in train_json["annotations"]:
-        labels.setdefault(annotation["category_id"], len(labels))
-    listing = train_json if train else read_json(root / f"val{year}.json")
+def inaturalist_samples(root: Path, listing: dict, labels: dict[int, int]) -> Iterator[tuple[str, int]]:
     category_of = {a["image_id"]: a["category_id"] for a in listing["annotations"]}
-    samples = []
     for image in listing["images"]:
         path = root / image["file_name"]
         if not path.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"{root}/*{year}.json names a file outside the data folder: {image['file_name']}")
-        samples.append((str(path), labels[category_of[image["id"]]]))
-    names = {c["id"]: c["name"] for c in read_json(root / "categories.json")}
-    return LabelledFiles(samples, [names[category] for category in labels], root)
+            raise UserError(f"a JSON file in {root} names an image outside this folder: {image['file_name']}")
+        yield str(path), labels[category_of[image["id"]]]
 
 
 def read_json(path: Path) -> dict | list:
@@ -220,46 +284,134 @@ def read_json(path: Path) -> dict | list:
         raise UserError(f"cannot read {path}; iNaturalist needs train*.json, val*.json, categories.json") from error
 
 
-def build_transform(train: bool, args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
-    """PIL image -> (3, H, W) uint8 tensor, as DeiT augments; BatchTransform does the rest."""
-    size = args.input_size
-    native = size if args.data_set == "SHAPES" else NATIVE_SIZE.get(args.data_set)
-    if not train:
-        if native == size:
-            return transforms.PILToTensor()
-        return transforms.Compose(
-            [
-                transforms.Resize(round(size / EVAL_CROP), interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.CenterCrop(size),
-                transforms.PILToTensor(),
-            ]
-        )
+def train_transform(size: Size, augmentation: Augmentation, data_set: str = "IMNET") -> Transform:
+    """PIL image -> (3, H, W) uint8 tensor, augmented as in DeiT; BatchTransform does the rest."""
     transform = create_transform(
         size,
         is_training=True,
-        color_jitter=args.color_jitter,
-        auto_augment=None if args.aa == "none" else args.aa,
-        interpolation=args.train_interpolation,
+        scale=augmentation.scale,
+        color_jitter=augmentation.color_jitter,
+        auto_augment=augmentation.policy,
+        interpolation=augmentation.train_interpolation,
         normalize=False,
     )
-    if native == size:
+    if is_native(size, data_set):
         # small images are too coarse to be cropped and enlarged (DeiT does the same)
         transform.transforms[0] = transforms.RandomCrop(size, padding=4)
     return transform
 
 
+def eval_transform(size: Size, preprocessing: Preprocessing, data_set: str = "IMNET") -> Transform:
+    """PIL image -> (3, H, W) uint8 tensor: the short side becomes floor(size / crop_pct), then the centre is cut out.
+
+    With crop_pct 0.875 this is DeiT's int(256 / 224 * size). At 384 pixels we do the same as at 224, like
+    DynamicViT's first release.
+    """
+    if is_native(size, data_set):
+        return transforms.PILToTensor()
+    return create_transform(
+        size,
+        is_training=False,
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        normalize=False,
+    )
+
+
+def is_native(size: Size, data_set: str) -> bool:
+    """Whether the data set's images have this size anyway."""
+    return data_set == "SHAPES" or NATIVE_SIZE.get(data_set) == as_pair(size)
+
+
+def as_pair(size: Size) -> tuple[int, int]:
+    """(height, width)"""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 class BatchTransform:
     """(B, 3, H, W) uint8 images -> normalised float32 on the device, with random erasing in training.
 
-    On the device and not in the workers: bytes are quick to copy, and the arithmetic is free there.
+    On the device and not in the loader processes: bytes are quick to copy, and there the arithmetic costs nothing.
     """
 
-    def __init__(self, device: torch.device, erase_prob: float = 0.0, erase_mode: str = "pixel") -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+        erase_prob: float = 0.0,
+        erase_mode: str = "pixel",
+    ) -> None:
+        """mean, std: of the three channels, for pixels from 0 to 1. erase_mode: as Augmentation.remode."""
         self.device = device
-        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(3, 1, 1) * 255
-        self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device).view(3, 1, 1) * 255
+        self.mean = torch.tensor(mean, device=device).view(3, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(3, 1, 1) * 255
         self.erase = RandomErasing(erase_prob, mode=erase_mode, device=device)
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
         return self.erase(images)
+
+
+def build_train_loader(
+    train_set: AugmentedDataset,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    seed: int,
+    repeats: int = 1,
+    update_freq: int = 1,
+) -> tuple[DataLoader, int]:
+    """This process's share of the training images, and the number of optimizer steps in an epoch.
+
+    batch_size: images for a forward pass, of which update_freq make a step. repeats: see TrainSampler.
+    """
+    check_num_workers(num_workers)
+    sampler = TrainSampler(train_set, get_rank(), get_world_size(), seed, repeats)
+    steps = len(sampler) // (batch_size * update_freq)
+    if steps == 0:
+        raise UserError(
+            f"--batch-size {batch_size} times --update-freq {update_freq} is more than the "
+            f"{len(sampler)} training images of a process; make it smaller"
+        )
+    loader = DataLoader(
+        train_set,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        drop_last=True,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_stop_signals,
+    )
+    return loader, steps
+
+
+def build_val_loader(
+    val_set: AugmentedDataset, batch_size: int, num_workers: int, pin_memory: bool, sharded: bool = False
+) -> DataLoader:
+    """The validation images in order; if sharded, each process has its own share of them.
+
+    Its loader processes end with each validation, so that they take no memory during training.
+    """
+    check_num_workers(num_workers)
+    rank, world_size = (get_rank(), get_world_size()) if sharded else (0, 1)
+    shard = range(rank, len(val_set), world_size)  # shards differ in length by at most one; no image is in two
+    return DataLoader(
+        val_set,
+        batch_size,
+        sampler=shard,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
+def check_num_workers(num_workers: int) -> None:
+    """Raises UserError for more loader processes than can be of any use: each takes memory and time to start."""
+    cores = os.cpu_count() or 1
+    if not 0 <= num_workers <= WORKERS_PER_CORE * cores:
+        raise UserError(
+            f"--num-workers must be from 0 to {WORKERS_PER_CORE * cores} ({WORKERS_PER_CORE} for each of the {cores} "
+            f"cores here, more only take memory), got {num_workers}"
+        )

@@ -16,7 +16,8 @@ set -eu
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # torchrun kills what has not stopped 30 seconds after a signal, unless newer versions are told otherwise with
 # --shutdown-timeout. Where gloo picks a wrong network: export GLOO_SOCKET_IFNAME=eth0 (the interface's name).
-srun .venv/bin/torchrun \
+# Since Slurm 22.05, srun does not inherit --cpus-per-task, and the eight processes would share one core.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" .venv/bin/torchrun \
   --nnodes="$SLURM_NNODES" --nproc_per_node=8 --max-restarts=3 \
   --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head_node:29400" \
   main_dynamic_vit.py --arch deit_small --distill --base_rate 0.7 --epochs 30 \

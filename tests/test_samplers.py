@@ -91,3 +91,10 @@ def test_next_epoch_starts_at_its_beginning() -> None:
 def test_every_augmentation_has_its_own_seed(repeats: int) -> None:
     seeds = [seed for epoch in range(3) for share in epoch_of(40, 2, epoch=epoch, repeats=repeats) for _, seed in share]
     assert len(seeds) == 3 * 40 and len(set(seeds)) == len(seeds)
+
+
+def test_processes_augment_the_same_image_differently() -> None:
+    """With repeated augmentation, the copies of an image go to different processes at the same time."""
+    first, second = epoch_of(20, 2, repeats=3)
+    together = [(a, b) for a, b in zip(first, second, strict=True) if a[0] == b[0]]
+    assert together and all(a[1] != b[1] for a, b in together)
