@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from datasets import Augmentation, BatchTransform
 from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
-from models import Preprocessing, Teacher
+from models import Teacher
 from utils import get_world_size
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -66,40 +66,61 @@ class Recipe:
         return self.batch_size * self.update_freq * get_world_size()
 
 
-# Defaults that differ between recipes. neurips: arXiv 2106.02034, section 4.1. journal: arXiv 2207.01580
-# and its code. label-free: our own, for models that are fast without training and shall be better.
+# Defaults of flags by recipe. neurips: arXiv 2106.02034, section 4.1, with DeiT's augmentation. journal:
+# arXiv 2207.01580 and its code. label-free: our own, for models that are fast without training and have
+# their dense selves to learn from.
+NEURIPS = {
+    "epochs": 30,
+    "lr": 5e-4,
+    "min_lr": 1e-5,
+    "warmup_epochs": 5.0,
+    "frozen_epochs": 5.0,
+    "backbone_lr_scale": 0.01,
+    "clip_grad": None,
+    "model_ema_decay": 0.99996,
+    "cls_weight": 1.0,
+    "ratio_weight": 2.0,
+    "distill_weight": 0.5,
+    "token_weight": 0.5,
+    "color_jitter": 0.4,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "scale": (0.08, 1.0),
+    "reprob": 0.25,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "repeated_aug": True,
+}
 RECIPES = {
-    "neurips": {
-        "epochs": 30,
-        "lr": 5e-4,
-        "min_lr": 1e-5,
-        "warmup_epochs": 5.0,
-        "frozen_epochs": 5.0,
-        "backbone_lr_scale": 0.01,
-        "model_ema_decay": 0.99996,
-        "ratio_weight": 2.0,
-        "repeated_aug": True,
-    },
-    "journal": {
+    "neurips": NEURIPS,
+    "journal": NEURIPS
+    | {
         "epochs": 120,
         "lr": 4e-3,
         "min_lr": 1e-6,
         "warmup_epochs": 20.0,
-        "frozen_epochs": 5.0,
-        "backbone_lr_scale": 0.01,
         "model_ema_decay": 0.9999,
         "ratio_weight": 10.0,
         "repeated_aug": False,
     },
-    "label-free": {
+    "label-free": NEURIPS
+    | {
         "epochs": 10,
         "lr": 1e-5,
         "min_lr": 0.0,
         "warmup_epochs": 1.0,
         "frozen_epochs": 0.0,
         "backbone_lr_scale": 1.0,
+        "clip_grad": 5.0,
         "model_ema_decay": 0.99,
-        "ratio_weight": 2.0,
+        "cls_weight": 0.0,
+        "distill_weight": 1.0,
+        "token_weight": 0.0,
+        "color_jitter": 0.0,
+        "aa": "none",
+        "scale": (0.5, 1.0),
+        "reprob": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
         "repeated_aug": False,
     },
 }
@@ -135,13 +156,12 @@ def build_trainer(
     model: nn.Module,
     teacher: Teacher | None,
     device: torch.device,
-    preprocessing: Preprocessing,
     augmentation: Augmentation,
     steps_per_epoch: int,
     print_freq: int = 50,
 ) -> Trainer:
     """model: dense or dynamic, on the device. Compiles it and wraps it for several processes, where asked for."""
-    amp_dtype = pick_amp(recipe.amp, device)
+    amp_dtype, preprocessing = pick_amp(recipe.amp, device), model.spec.preprocessing
     mixup = build_mixup(recipe, model.num_classes)
     groups = param_groups(model, recipe.weight_decay, decay_new_biases=recipe.recipe == "neurips")
     ema = MovingAverage(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
@@ -153,13 +173,14 @@ def build_trainer(
     schedule = partial(learning_rates, recipe, model.spec.dense, steps_per_epoch)
     if dist.is_initialized():
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    mean, std, erase = preprocessing.mean, preprocessing.std, (augmentation.reprob, augmentation.remode)
     return Trainer(
         model=model,
         criterion=criterion,
         optimizer=torch.optim.AdamW(groups, lr=recipe.lr, fused=True),
         scaler=build_scaler(device, amp_dtype),
-        batch_transform=BatchTransform(device, mean, std, *erase),
+        batch_transform=BatchTransform(
+            device, preprocessing.mean, preprocessing.std, augmentation.reprob, augmentation.remode
+        ),
         device=device,
         amp_dtype=amp_dtype,
         schedule=schedule,

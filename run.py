@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from checkpoints import BEST, LAST, Place, Progress, RunState
 from clocks import Eta, SaveClock
-from datasets import fingerprint
+from datasets import BatchTransform, fingerprint
 from engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
 from errors import UserError
 from models import Teacher, load_weights
@@ -21,6 +21,14 @@ from signals import Stopped, StopSignal
 from utils import get_world_size, is_main_process, log, max_over_processes, start_max_over_processes
 
 Record = dict[str, float]  # what log.txt says of an epoch
+# of the summary: heading and decimals
+COLUMNS = {
+    "top1": ("top-1 %", 2),
+    "top5": ("top-5 %", 2),
+    "agreement": ("agree %", 2),
+    "kl": ("KL", 4),
+    "cosine": ("cosine", 4),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class RunOptions:
 
     place: Place
     epochs: int
+    steps_per_epoch: int
     step_images: int  # images that all processes together make a step from
     save_freq: str
     dist_eval: bool
@@ -55,7 +64,7 @@ class Run:
         self.model = unwrap(trainer.model)
         self.dense = teacher.vit if teacher is not None else None
         self.train_loader, self.val_loader = train_loader, val_loader
-        self.steps_per_epoch = len(train_loader.sampler) // (train_loader.batch_size * trainer.update_freq)
+        self.steps_per_epoch = options.steps_per_epoch
         self.save_clock = SaveClock(options.save_freq)
         self.sums = RunningMeans(trainer.device)
         self.progress = Progress()
@@ -145,10 +154,10 @@ class Run:
         return record
 
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None) -> Record:
-        trainer = self.trainer
-        transform = trainer.batch_transform.without_erasing()
+        device, preprocessing = self.trainer.device, self.model.spec.preprocessing
+        transform = BatchTransform(device, preprocessing.mean, preprocessing.std)
         batches = self.until_stopped(self.val_loader)
-        return evaluate(model, batches, transform, trainer.device, trainer.amp_dtype, self.options.dist_eval, dense)
+        return evaluate(model, batches, transform, device, self.trainer.amp_dtype, self.options.dist_eval, dense)
 
     def until_stopped(self, batches: DataLoader) -> Iterator:
         """The batches; ends the run at one that all processes agree on, where one of them has got a signal."""
@@ -239,13 +248,17 @@ def print_summary(arch: str, kind: str, gflops: dict[str, float], dense: Record 
     rows.append((f"{kind}, epoch {best['epoch']} (best)", gflops[kind], of_set(best, "val/")))
     if any(name.startswith("val_ema/") for name in best):
         rows.append((f"{kind}, moving average", gflops[kind], of_set(best, "val_ema/")))
-    headings = {"top1": "top-1 %", "top5": "top-5 %", "agreement": "agree %", "kl": "KL", "cosine": "cosine"}
-    columns = [name for name in headings if any(name in stats for _, _, stats in rows)]
-    log(f"\n{arch:<30}{'GFLOPs':>10}" + "".join(f"{headings[name]:>10}" for name in columns))
+    columns = [name for name in COLUMNS if any(name in stats for _, _, stats in rows)]
+    log(f"\n{arch:<30}{'GFLOPs':>10}" + "".join(f"{COLUMNS[name][0]:>10}" for name in columns))
     for label, cost, stats in rows:
-        cells = [f"{stats[name]:>10.4g}" if name in stats else f"{'':>10}" for name in columns]
+        cells = [f"{stats[name]:>10.{COLUMNS[name][1]}f}" if name in stats else f"{'':>10}" for name in columns]
         log(f"{label:<30}{cost:>10.4g}" + "".join(cells))
 
 
 def of_set(record: Record, prefix: str) -> Record:
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+
+
+def list_bad_images(paths: list[str]) -> None:
+    if paths:
+        log("\n".join([f"\nskipped {len(paths)} image(s) that cannot be read:", *paths]))

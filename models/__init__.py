@@ -4,8 +4,12 @@ from .pretrained import CheckpointError, find_weights, load_weights, read_checkp
 from .pruning import Teacher
 from .spec import ModelError, ModelSpec, Preprocessing
 
+SCORERS, REDUCERS = ("predictor", "attention", "random"), ("drop", "merge")
+
 __all__ = [
     "ARCHS",
+    "REDUCERS",
+    "SCORERS",
     "CheckpointError",
     "ModelError",
     "ModelSpec",
