@@ -50,6 +50,8 @@ def create_model(
     patch_size: int = 16,
     pruning_loc: Sequence[int] | None = None,
     keep_rates: Sequence[float] | None = None,
+    scorer: str = "predictor",
+    reducer: str = "drop",
 ) -> VisionTransformer:
     """Builds a dynamic model, or with dense=True its plain backbone.
 
@@ -79,7 +81,7 @@ def create_model(
         pruning_loc = spec.pruning_loc
     if keep_rates is None:
         keep_rates = geometric_keep_rates(base_rate, len(pruning_loc))
-    return make_dynamic(vit, pruning_loc, keep_rates)
+    return make_dynamic(vit, pruning_loc, keep_rates, scorer, reducer)
 
 
 def geometric_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:
