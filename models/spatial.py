@@ -1,0 +1,325 @@
+"""Dynamic spatial sparsification (arXiv 2207.01580), for any timm SwinTransformer or ConvNeXt.
+
+These backbones mix locations by windows or convolutions, which need the whole map, so no location can leave
+the tensor. Instead, each block of the third stage sends the kept locations through its MLP and the others
+through a *fast path* that costs an eighth of it. Every predictor decides anew about all locations.
+
+Shapes: B images; the third stage's map has H x W = N locations, numbered row by row, and C channels; the
+last stage's has L and C4. S predictors. Maps are (B, H, W, C) here.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from timm.models import convnext, swin_transformer
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.vision_transformer import init_weights_vit_timm
+from torch import Tensor, nn
+
+from .pruning import Predictor, check_keep_rates, sample_keep_decision
+
+Backbone = SwinTransformer | ConvNeXt
+STAGE = 2  # the third one, which has most of the arithmetic
+RATE_STEP = 0.2
+FRESH_GAMMA = 1e-6  # ConvNeXt scales its fast path as it does its MLP
+
+Swin = partial(SwinTransformer, drop_path_rate=0.0)  # timm's own default is 0.1
+
+
+def build_convnext(embed_dim: int, depths: Sequence[int], img_size: object = None, **options: float) -> ConvNeXt:
+    """timm's ConvNeXt by the names of Swin's sizes. It takes images of any size, whatever img_size says."""
+    return ConvNeXt(depths=depths, dims=[embed_dim * 2**i for i in range(len(depths))], **options)
+
+
+def swin_sizes(embed_dim: int, third_depth: int) -> dict[str, int | tuple[int, ...]]:
+    heads = tuple(embed_dim // 32 * 2**i for i in range(4))
+    return {"embed_dim": embed_dim, "depths": (2, 2, third_depth, 2), "num_heads": heads, "window_size": 7}
+
+
+# The paper's models: constructor, sizes, the blocks of the third stage with a predictor before them, dense weights.
+SPATIAL_ARCHS = {
+    "swin_t": (Swin, swin_sizes(96, 6), (1, 2, 3), "swin_tiny_patch4_window7_224.pth"),
+    "swin_s": (Swin, swin_sizes(96, 18), (2, 4, 6), "swin_small_patch4_window7_224.pth"),
+    "swin_b": (Swin, swin_sizes(128, 18), (2, 4, 6), "swin_base_patch4_window7_224.pth"),
+    "convnext_t": (build_convnext, dict(embed_dim=96, depths=(3, 3, 9, 3)), (1, 2, 3), "convnext_tiny_1k_224_ema.pth"),
+    "convnext_s": (
+        build_convnext,
+        dict(embed_dim=96, depths=(3, 3, 27, 3)),
+        (3, 6, 9),
+        "convnext_small_1k_224_ema.pth",
+    ),
+    "convnext_b": (
+        build_convnext,
+        dict(embed_dim=128, depths=(3, 3, 27, 3)),
+        (3, 6, 9),
+        "convnext_base_1k_224_ema.pth",
+    ),
+}
+
+
+def arithmetic_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:
+    """base_rate, base_rate - 0.2, base_rate - 0.4, ... as published; ValueError where that leaves (0, 1]."""
+    lowest = RATE_STEP * (num_stages - 1)
+    if not lowest < base_rate <= 1:
+        raise ValueError(
+            f"{num_stages} predictors keep {RATE_STEP} less each: base rate {base_rate} must lie in ({lowest:.3g}, 1]"
+        )
+    return tuple(base_rate - RATE_STEP * stage for stage in range(num_stages))
+
+
+class Routing(NamedTuple):
+    """Which way each row of a (B * N, C) matrix of locations goes."""
+
+    rows: Tensor  # (B * N,) row numbers: those of the kept locations, then the others
+    num_keep: int  # locations kept in each image
+    back: Tensor  # (B * N,) where each row has gone
+
+
+def route(order: Tensor, num_keep: int) -> Routing:
+    """(B, N) locations, best first -> the routing that keeps the first num_keep of each image."""
+    batch, num_locations = order.shape
+    rows = order + num_locations * torch.arange(batch, device=order.device)[:, None]
+    rows = torch.cat([rows[:, :num_keep].flatten(), rows[:, num_keep:].flatten()])
+    return Routing(rows, num_keep, rows.argsort())
+
+
+def select(chosen: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+    """chosen where the mask is 1, other where it is 0; arithmetic, so that the mask gets a gradient."""
+    return (chosen * mask + other * (1 - mask)).to(chosen.dtype)
+
+
+class DynamicBlock:
+    """Mixin for a timm block: each location goes through its MLP or through a fast path.
+
+    A family of backbones defines mix, which lets locations see each other; residual, which the result is
+    added to; and the two ways, slow and fast, on maps of any height and width.
+    """
+
+    def forward_routed(self, x: Tensor, routing: Routing) -> Tensor:
+        """Evaluation: each location of the (B, H, W, C) map goes one way only."""
+        batch, height, width, dim = x.shape
+        mixed = self.mix(x)
+        # Gathered there and back: scattering into a tensor would need to know the dtype that autocast gives.
+        rows = mixed.flatten(0, 2).index_select(0, routing.rows)
+        num_kept = batch * routing.num_keep
+        kept = self.slow(rows[:num_kept].view(batch, 1, routing.num_keep, dim))
+        dropped = self.fast(rows[num_kept:].view(batch, 1, height * width - routing.num_keep, dim))
+        out = torch.cat([kept.flatten(0, 2), dropped.flatten(0, 2)])
+        return self.residual(x, mixed) + out.index_select(0, routing.back).view(x.shape)
+
+    def forward_streams(self, kept: Tensor, dropped: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Training: two (B, H, W, C) maps, one as if every location were kept, one as if none were.
+
+        mask: (B, H, W, 1), which of them holds a location's true value. The other's value is there only
+        so that the decision gets a gradient.
+        """
+        mixed = self.mix(select(kept, dropped, mask))
+        slow, fast = self.slow(select(mixed, kept, mask)), self.fast(select(dropped, mixed, mask))
+        return self.residual(kept, mixed) + slow, self.residual(dropped, mixed) + fast
+
+
+class DynamicSwinBlock(DynamicBlock, SwinTransformerBlock):
+    def mix(self, x: Tensor) -> Tensor:
+        return x + self.drop_path1(self._attn(self.norm1(x)))
+
+    def residual(self, stream: Tensor, mixed: Tensor) -> Tensor:
+        return mixed
+
+    def slow(self, x: Tensor) -> Tensor:
+        return self.drop_path2(self.mlp(self.norm2(x)))
+
+    def fast(self, x: Tensor) -> Tensor:
+        return self.drop_path2(self.fast_path(x))
+
+
+class DynamicConvNeXtBlock(DynamicBlock, ConvNeXtBlock):
+    def mix(self, x: Tensor) -> Tensor:
+        return self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def residual(self, stream: Tensor, mixed: Tensor) -> Tensor:
+        return stream
+
+    def slow(self, x: Tensor) -> Tensor:
+        if self.use_conv_mlp:  # as in timm's smallest ones
+            x = self.mlp(self.norm(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        else:
+            x = self.mlp(self.norm(x))
+        return self.drop_path(x if self.gamma is None else x * self.gamma)
+
+    def fast(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.fast_path(x) * self.fast_path_gamma)
+
+
+class SpatialSparsification:
+    """Mixin that gives a Swin or a ConvNeXt its predictors and forward passes that use them."""
+
+    scorer, reducer = "predictor", "fast path"
+    tokens_are_logits = False
+    combine = staticmethod(lambda logits, tokens: logits)  # what labels are compared with
+
+    pruning_loc: tuple[int, ...]
+    keep_rates: tuple[float, ...]
+    merge_streams: bool
+    score_predictor: nn.ModuleList
+
+    def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
+        """Share of all locations kept by each predictor; ValueError if they do not fit."""
+        check_keep_rates(sorted(keep_rates, reverse=True), len(self.pruning_loc))  # they may grow here
+        self.keep_rates = tuple(float(rate) for rate in keep_rates)
+
+    def tokens_kept(self, num_locations: int) -> list[int]:
+        """Locations that each predictor keeps in evaluation."""
+        return [max(1, int(num_locations * rate)) for rate in self.keep_rates]
+
+    def forward(self, images: Tensor):
+        """(B, 3, H, W) images -> in training (logits, features, keep_mask, keep_decisions), else logits.
+
+        features: (B, L, C4), see split_outputs. keep_mask: (B, L) ones, as no location has left.
+        keep_decisions: S tensors (B, N), 1 for kept locations, with gradient.
+        """
+        return self.forward_masked(images) if self.training else self.trace(images)[0]
+
+    def forward_pruned(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Evaluation: (B, classes) logits and, by predictor, the (B, K) locations kept, best score first."""
+        return self.trace(images)[:2]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> the (B, H, W, C) map before the first predictor."""
+        stage, x = self.stages[STAGE], images
+        for part in (self.stem, *self.stages[:STAGE], stage.downsample, *stage.blocks[: self.pruning_loc[0]]):
+            x = part(x)
+        return x if self.output_fmt == "NHWC" else x.permute(0, 2, 3, 1)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The (B, H, W, C) map after the third stage -> what timm's forward_features gives."""
+        x = x if self.output_fmt == "NHWC" else x.permute(0, 3, 1, 2)
+        for part in (*self.stages[STAGE + 1 :], self.norm_pre):
+            x = part(x)
+        return x
+
+    def dynamic_blocks(self) -> list[tuple[Predictor | None, DynamicBlock]]:
+        """The third stage's blocks from the first predictor on, each with the predictor before it."""
+        predictors = dict(zip(self.pruning_loc, self.score_predictor, strict=True))
+        blocks = enumerate(self.stages[STAGE].blocks)
+        return [(predictors.get(i), block) for i, block in blocks if i >= self.pruning_loc[0]]
+
+    def forward_masked(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Training: every location goes both ways."""
+        kept = dropped = self.embed(images)
+        mask = torch.ones_like(kept[..., :1], dtype=torch.float32)
+        keep_decisions = []
+        for predictor, block in self.dynamic_blocks():
+            if predictor is not None:
+                x = select(kept, dropped, mask)
+                if self.merge_streams:
+                    kept = dropped = x
+                keep_decisions.append(sample_keep_decision(predictor(x.flatten(1, 2))))
+                mask = keep_decisions[-1].view(mask.shape)
+            kept, dropped = block.forward_streams(kept, dropped, mask)
+        logits, features = split_outputs(self, self.finish(select(kept, dropped, mask)))
+        return logits, features, features.new_ones(features.shape[:2]), keep_decisions
+
+    def trace(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Evaluation: as forward_pruned, and (B, S, H, W) log-probabilities of being kept."""
+        x = self.embed(images)
+        num_keep = self.tokens_kept(x.shape[1] * x.shape[2])
+        kept, scores = [], []
+        for predictor, block in self.dynamic_blocks():
+            if predictor is not None:
+                log_probs = predictor(x.flatten(1, 2))[..., 0]
+                order = log_probs.argsort(dim=1, descending=True)
+                routing = route(order, num_keep[len(kept)])
+                kept.append(order[:, : routing.num_keep])
+                scores.append(log_probs.view(x.shape[:3]))
+            x = block.forward_routed(x, routing)
+        return self.forward_head(self.finish(x)), kept, torch.stack(scores, dim=1)
+
+
+class DynamicConvNeXt(SpatialSparsification):
+    output_fmt = "NCHW"
+
+
+class DynamicSwin(SpatialSparsification):
+    """timm's Swin has other names for what its ConvNeXt calls stem, stages and norm_pre."""
+
+    output_fmt = "NHWC"
+    stem = property(lambda self: self.patch_embed)
+    stages = property(lambda self: self.layers)
+    norm_pre = property(lambda self: self.norm)
+
+
+def split_outputs(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
+    """timm's forward_features -> what student and teacher are compared on: logits and (B, L, C4) features.
+
+    Features are the last stage's map after the final LayerNorm.
+    """
+    logits = backbone.forward_head(x)
+    if isinstance(backbone, ConvNeXt):  # that norm is in its head, behind the pooling, or else in norm_pre
+        x = getattr(backbone.head, "norm", nn.Identity())(x).permute(0, 2, 3, 1)
+    return logits, x.flatten(1, 2)
+
+
+def third_stage(backbone: Backbone) -> nn.Sequential:
+    """Its blocks."""
+    stages = backbone.layers if isinstance(backbone, SwinTransformer) else backbone.stages
+    if len(stages) <= STAGE:
+        raise ValueError(f"spatial sparsification is for the third stage of a backbone, and this one has {len(stages)}")
+    return stages[STAGE].blocks
+
+
+def default_pruning_loc(backbone: Backbone) -> tuple[int, ...]:
+    """Predictors a ninth of the third stage apart, as in all of the paper's models."""
+    depth = len(third_stage(backbone))
+    step = max(1, depth // 9)
+    return tuple(i for i in (step, 2 * step, 3 * step) if i < depth)
+
+
+def make_spatial_dynamic(
+    backbone: Backbone, pruning_loc: Sequence[int], keep_rates: Sequence[float], merge_streams: bool = False
+) -> Backbone:
+    """Turns a timm SwinTransformer or ConvNeXt dynamic, in place; its own weights and names stay.
+
+    pruning_loc: the third stage's blocks with a predictor before them. keep_rates: the share of all its
+    locations that each predictor keeps. merge_streams: when a predictor decides anew in training, locations
+    go on from their true values, as in evaluation. As published, a location that comes back goes on from
+    the kept stream's values, and the other way round. Raises ValueError if anything does not fit.
+    """
+    pruning_loc = tuple(pruning_loc)
+    blocks = third_stage(backbone)
+    last = len(blocks) - 1
+    if not pruning_loc or list(pruning_loc) != sorted(set(pruning_loc)) or not all(0 <= i <= last for i in pruning_loc):
+        raise ValueError(f"predictors stand before ascending blocks of the third stage, 0..{last}; got {pruning_loc}")
+    check_keep_rates(sorted(keep_rates, reverse=True), len(pruning_loc))
+    is_swin = isinstance(backbone, SwinTransformer)
+    mixin, block_class = (DynamicSwin, DynamicSwinBlock) if is_swin else (DynamicConvNeXt, DynamicConvNeXtBlock)
+    backbone.__class__ = type(f"Dynamic{type(backbone).__name__}", (mixin, type(backbone)), {})
+    backbone.pruning_loc, backbone.merge_streams = pruning_loc, merge_streams
+    backbone.set_keep_rates(keep_rates)
+    norm = blocks[0].norm2 if is_swin else blocks[0].norm
+    dim = len(norm.weight)
+    for block in blocks[pruning_loc[0] :]:
+        block.__class__ = block_class
+        block.fast_path = nn.Sequential(nn.LayerNorm(dim, norm.eps), nn.Linear(dim, dim)).to(norm.weight)
+        block.fast_path.apply(init_weights_vit_timm)
+        if not is_swin:
+            block.fast_path_gamma = nn.Parameter(torch.full_like(norm.weight, FRESH_GAMMA))
+    backbone.score_predictor = nn.ModuleList(Predictor(dim, norm.eps) for _ in pruning_loc).to(norm.weight)
+    backbone.score_predictor.apply(init_weights_vit_timm)
+    return backbone
+
+
+def map_published(weights: dict[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+    """Weights by the names of the authors', Microsoft's or Facebook's files -> by ours; ours stay as they are."""
+    family = swin_transformer if isinstance(model, SwinTransformer) else convnext
+    try:
+        weights = family.checkpoint_filter_fn(weights, model)
+    except (AttributeError, KeyError, RuntimeError):
+        return weights  # of another model: whoever loads them will say so by name
+    mapped = {}
+    for name, value in weights.items():
+        name = name.replace("layers.2.score_predictor.", "score_predictor.").replace("fastmlp.fc1.", "fast_path.")
+        mapped[name] = value.flatten(1) if name.startswith("score_predictor.") and value.ndim == 4 else value
+    return mapped
