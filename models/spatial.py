@@ -10,21 +10,20 @@ last stage's has L and C4. S predictors. Maps are (B, H, W, C) here.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from timm.models import convnext, swin_transformer
-from timm.models.convnext import ConvNeXt, ConvNeXtBlock
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+import torch.nn.functional as F
+from timm.layers import LayerScale
+from timm.models import ConvNeXt, SwinTransformer, convnext, swin_transformer
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from .pruning import Predictor, check_keep_rates, sample_keep_decision
+from .pruning import Predictor, TokenPruning, check_keep_rates, sample_keep_decision
 
 Backbone = SwinTransformer | ConvNeXt
 STAGE = 2  # the third one, which has most of the arithmetic
 RATE_STEP = 0.2
-FRESH_GAMMA = 1e-6  # ConvNeXt scales its fast path as it does its MLP
+FRESH_SCALE = 1e-6  # of ConvNeXt's fast path, as of its other branches
 
 Swin = partial(SwinTransformer, drop_path_rate=0.0)  # timm's own default is 0.1
 
@@ -34,56 +33,39 @@ def build_convnext(embed_dim: int, depths: Sequence[int], img_size: object = Non
     return ConvNeXt(depths=depths, dims=[embed_dim * 2**i for i in range(len(depths))], **options)
 
 
-def swin_sizes(embed_dim: int, third_depth: int) -> dict[str, int | tuple[int, ...]]:
-    heads = tuple(embed_dim // 32 * 2**i for i in range(4))
-    return {"embed_dim": embed_dim, "depths": (2, 2, third_depth, 2), "num_heads": heads, "window_size": 7}
+def sizes(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...] = ()) -> dict[str, object]:
+    attention = {"num_heads": num_heads, "window_size": 7} if num_heads else {}
+    return {"embed_dim": embed_dim, "depths": depths, **attention}
 
 
 # The paper's models: constructor, sizes, the blocks of the third stage with a predictor before them, dense weights.
 SPATIAL_ARCHS = {
-    "swin_t": (Swin, swin_sizes(96, 6), (1, 2, 3), "swin_tiny_patch4_window7_224.pth"),
-    "swin_s": (Swin, swin_sizes(96, 18), (2, 4, 6), "swin_small_patch4_window7_224.pth"),
-    "swin_b": (Swin, swin_sizes(128, 18), (2, 4, 6), "swin_base_patch4_window7_224.pth"),
-    "convnext_t": (build_convnext, dict(embed_dim=96, depths=(3, 3, 9, 3)), (1, 2, 3), "convnext_tiny_1k_224_ema.pth"),
-    "convnext_s": (
-        build_convnext,
-        dict(embed_dim=96, depths=(3, 3, 27, 3)),
-        (3, 6, 9),
-        "convnext_small_1k_224_ema.pth",
-    ),
-    "convnext_b": (
-        build_convnext,
-        dict(embed_dim=128, depths=(3, 3, 27, 3)),
-        (3, 6, 9),
-        "convnext_base_1k_224_ema.pth",
-    ),
+    "swin_t": (Swin, sizes(96, (2, 2, 6, 2), (3, 6, 12, 24)), (1, 2, 3), "swin_tiny_patch4_window7_224.pth"),
+    "swin_s": (Swin, sizes(96, (2, 2, 18, 2), (3, 6, 12, 24)), (2, 4, 6), "swin_small_patch4_window7_224.pth"),
+    "swin_b": (Swin, sizes(128, (2, 2, 18, 2), (4, 8, 16, 32)), (2, 4, 6), "swin_base_patch4_window7_224.pth"),
+    "convnext_t": (build_convnext, sizes(96, (3, 3, 9, 3)), (1, 2, 3), "convnext_tiny_1k_224_ema.pth"),
+    "convnext_s": (build_convnext, sizes(96, (3, 3, 27, 3)), (3, 6, 9), "convnext_small_1k_224_ema.pth"),
+    "convnext_b": (build_convnext, sizes(128, (3, 3, 27, 3)), (3, 6, 9), "convnext_base_1k_224_ema.pth"),
 }
 
 
 def arithmetic_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:
     """base_rate, base_rate - 0.2, base_rate - 0.4, ... as published; ValueError where that leaves (0, 1]."""
-    lowest = RATE_STEP * (num_stages - 1)
-    if not lowest < base_rate <= 1:
-        raise ValueError(
-            f"{num_stages} predictors keep {RATE_STEP} less each: base rate {base_rate} must lie in ({lowest:.3g}, 1]"
-        )
+    least = RATE_STEP * (num_stages - 1)
+    if not least < base_rate <= 1:
+        raise ValueError(f"the base rate must lie in ({least:.3g}, 1] for {num_stages} predictors, got {base_rate}")
     return tuple(base_rate - RATE_STEP * stage for stage in range(num_stages))
 
 
-class Routing(NamedTuple):
-    """Which way each row of a (B * N, C) matrix of locations goes."""
+def route(order: Tensor, num_keep: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N) locations, best first -> (B, 1, K) kept and (B, 1, N - K) dropped ones, and the (B, H, W) way back.
 
-    rows: Tensor  # (B * N,) row numbers: those of the kept locations, then the others
-    num_keep: int  # locations kept in each image
-    back: Tensor  # (B * N,) where each row has gone
-
-
-def route(order: Tensor, num_keep: int) -> Routing:
-    """(B, N) locations, best first -> the routing that keeps the first num_keep of each image."""
+    They count the rows of all images together; back says where each is when kept and dropped stand in one list.
+    """
     batch, num_locations = order.shape
-    rows = order + num_locations * torch.arange(batch, device=order.device)[:, None]
-    rows = torch.cat([rows[:, :num_keep].flatten(), rows[:, num_keep:].flatten()])
-    return Routing(rows, num_keep, rows.argsort())
+    rows = (order + num_locations * torch.arange(batch, device=order.device)[:, None])[:, None]
+    kept, dropped = rows[..., :num_keep], rows[..., num_keep:]
+    return kept, dropped, torch.cat([kept.flatten(), dropped.flatten()]).argsort().view(batch, *grid)
 
 
 def select(chosen: Tensor, other: Tensor, mask: Tensor) -> Tensor:
@@ -92,65 +74,56 @@ def select(chosen: Tensor, other: Tensor, mask: Tensor) -> Tensor:
 
 
 class DynamicBlock:
-    """Mixin for a timm block: each location goes through its MLP or through a fast path.
+    """Mixin for a timm block: each location goes through its MLP (slow) or through a fast path.
 
-    A family of backbones defines mix, which lets locations see each other; residual, which the result is
-    added to; and the two ways, slow and fast, on maps of any height and width.
+    A family of backbones defines mix, which lets locations see each other, and slow. mix_is_residual: their
+    result is added to that of mix, else to the block's input.
     """
 
-    def forward_routed(self, x: Tensor, routing: Routing) -> Tensor:
-        """Evaluation: each location of the (B, H, W, C) map goes one way only."""
-        batch, height, width, dim = x.shape
+    def forward_routed(self, x: Tensor, kept: Tensor, dropped: Tensor, back: Tensor) -> Tensor:
+        """Evaluation: each location of the (B, H, W, C) map goes one way; see route."""
         mixed = self.mix(x)
-        # Gathered there and back: scattering into a tensor would need to know the dtype that autocast gives.
-        rows = mixed.flatten(0, 2).index_select(0, routing.rows)
-        num_kept = batch * routing.num_keep
-        kept = self.slow(rows[:num_kept].view(batch, 1, routing.num_keep, dim))
-        dropped = self.fast(rows[num_kept:].view(batch, 1, height * width - routing.num_keep, dim))
-        out = torch.cat([kept.flatten(0, 2), dropped.flatten(0, 2)])
-        return self.residual(x, mixed) + out.index_select(0, routing.back).view(x.shape)
+        rows = mixed.flatten(0, 2)
+        # F.embedding looks up whole rows. Back by look-up too: scattering would have to know autocast's dtype.
+        slow, fast = self.slow(F.embedding(kept, rows)), self.fast_path(F.embedding(dropped, rows))
+        out = F.embedding(back, torch.cat([slow.flatten(0, 2), fast.flatten(0, 2)]))
+        return out + (mixed if self.mix_is_residual else x)
 
     def forward_streams(self, kept: Tensor, dropped: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Training: two (B, H, W, C) maps, one as if every location were kept, one as if none were.
 
-        mask: (B, H, W, 1), which of them holds a location's true value. The other's value is there only
-        so that the decision gets a gradient.
+        The (B, H, W, 1) mask tells which of them is true; the other is there to give the decision a gradient.
         """
         mixed = self.mix(select(kept, dropped, mask))
-        slow, fast = self.slow(select(mixed, kept, mask)), self.fast(select(dropped, mixed, mask))
-        return self.residual(kept, mixed) + slow, self.residual(dropped, mixed) + fast
+        slow, fast = self.slow(select(mixed, kept, mask)), self.fast_path(select(dropped, mixed, mask))
+        if self.mix_is_residual:
+            kept = dropped = mixed
+        return kept + self.drop_path(slow), dropped + self.drop_path(fast)
 
 
-class DynamicSwinBlock(DynamicBlock, SwinTransformerBlock):
+class DynamicSwinBlock(DynamicBlock, swin_transformer.SwinTransformerBlock):
+    mix_is_residual = True
+    drop_path = property(lambda self: self.drop_path2)
+
     def mix(self, x: Tensor) -> Tensor:
         return x + self.drop_path1(self._attn(self.norm1(x)))
 
-    def residual(self, stream: Tensor, mixed: Tensor) -> Tensor:
-        return mixed
-
     def slow(self, x: Tensor) -> Tensor:
-        return self.drop_path2(self.mlp(self.norm2(x)))
-
-    def fast(self, x: Tensor) -> Tensor:
-        return self.drop_path2(self.fast_path(x))
+        return self.mlp(self.norm2(x))
 
 
-class DynamicConvNeXtBlock(DynamicBlock, ConvNeXtBlock):
+class DynamicConvNeXtBlock(DynamicBlock, convnext.ConvNeXtBlock):
+    mix_is_residual = False
+
     def mix(self, x: Tensor) -> Tensor:
         return self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def residual(self, stream: Tensor, mixed: Tensor) -> Tensor:
-        return stream
 
     def slow(self, x: Tensor) -> Tensor:
         if self.use_conv_mlp:  # as in timm's smallest ones
             x = self.mlp(self.norm(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         else:
             x = self.mlp(self.norm(x))
-        return self.drop_path(x if self.gamma is None else x * self.gamma)
-
-    def fast(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.fast_path(x) * self.fast_path_gamma)
+        return x if self.gamma is None else x * self.gamma
 
 
 class SpatialSparsification:
@@ -159,20 +132,13 @@ class SpatialSparsification:
     scorer, reducer = "predictor", "fast path"
     tokens_are_logits = False
     combine = staticmethod(lambda logits, tokens: logits)  # what labels are compared with
-
-    pruning_loc: tuple[int, ...]
-    keep_rates: tuple[float, ...]
-    merge_streams: bool
-    score_predictor: nn.ModuleList
+    tokens_kept = TokenPruning.tokens_kept
+    output_fmt = "NCHW"  # of timm's stages; a Swin has its own attribute of this name
 
     def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
         """Share of all locations kept by each predictor; ValueError if they do not fit."""
         check_keep_rates(sorted(keep_rates, reverse=True), len(self.pruning_loc))  # they may grow here
         self.keep_rates = tuple(float(rate) for rate in keep_rates)
-
-    def tokens_kept(self, num_locations: int) -> list[int]:
-        """Locations that each predictor keeps in evaluation."""
-        return [max(1, int(num_locations * rate)) for rate in self.keep_rates]
 
     def forward(self, images: Tensor):
         """(B, 3, H, W) images -> in training (logits, features, keep_mask, keep_decisions), else logits.
@@ -229,23 +195,17 @@ class SpatialSparsification:
         kept, scores = [], []
         for predictor, block in self.dynamic_blocks():
             if predictor is not None:
-                log_probs = predictor(x.flatten(1, 2))[..., 0]
-                order = log_probs.argsort(dim=1, descending=True)
-                routing = route(order, num_keep[len(kept)])
-                kept.append(order[:, : routing.num_keep])
-                scores.append(log_probs.view(x.shape[:3]))
-            x = block.forward_routed(x, routing)
-        return self.forward_head(self.finish(x)), kept, torch.stack(scores, dim=1)
+                scores.append(predictor(x.flatten(1, 2))[..., 0])
+                order = scores[-1].argsort(dim=1, descending=True)
+                kept.append(order[:, : num_keep[len(kept)]])
+                routing = route(order, kept[-1].shape[1], x.shape[1:3])
+            x = block.forward_routed(x, *routing)
+        return self.forward_head(self.finish(x)), kept, torch.stack(scores, dim=1).unflatten(2, x.shape[1:3])
 
 
-class DynamicConvNeXt(SpatialSparsification):
-    output_fmt = "NCHW"
-
-
-class DynamicSwin(SpatialSparsification):
+class SwinSparsification(SpatialSparsification):
     """timm's Swin has other names for what its ConvNeXt calls stem, stages and norm_pre."""
 
-    output_fmt = "NHWC"
     stem = property(lambda self: self.patch_embed)
     stages = property(lambda self: self.layers)
     norm_pre = property(lambda self: self.norm)
@@ -266,7 +226,7 @@ def third_stage(backbone: Backbone) -> nn.Sequential:
     """Its blocks."""
     stages = backbone.layers if isinstance(backbone, SwinTransformer) else backbone.stages
     if len(stages) <= STAGE:
-        raise ValueError(f"spatial sparsification is for the third stage of a backbone, and this one has {len(stages)}")
+        raise ValueError(f"spatial sparsification is for the third stage, and this model has {len(stages)}")
     return stages[STAGE].blocks
 
 
@@ -274,7 +234,7 @@ def default_pruning_loc(backbone: Backbone) -> tuple[int, ...]:
     """Predictors a ninth of the third stage apart, as in all of the paper's models."""
     depth = len(third_stage(backbone))
     step = max(1, depth // 9)
-    return tuple(i for i in (step, 2 * step, 3 * step) if i < depth)
+    return tuple(range(step, depth, step)[:3])
 
 
 def make_spatial_dynamic(
@@ -287,27 +247,29 @@ def make_spatial_dynamic(
     go on from their true values, as in evaluation. As published, a location that comes back goes on from
     the kept stream's values, and the other way round. Raises ValueError if anything does not fit.
     """
-    pruning_loc = tuple(pruning_loc)
-    blocks = third_stage(backbone)
-    last = len(blocks) - 1
-    if not pruning_loc or list(pruning_loc) != sorted(set(pruning_loc)) or not all(0 <= i <= last for i in pruning_loc):
-        raise ValueError(f"predictors stand before ascending blocks of the third stage, 0..{last}; got {pruning_loc}")
+    pruning_loc, blocks = tuple(pruning_loc), third_stage(backbone)
+    if (
+        not pruning_loc
+        or any(i not in range(len(blocks)) for i in pruning_loc)
+        or sorted(set(pruning_loc)) != [*pruning_loc]
+    ):
+        raise ValueError(
+            f"pruning_loc must be ascending blocks of the third stage, 0..{len(blocks) - 1}, got {pruning_loc}"
+        )
     check_keep_rates(sorted(keep_rates, reverse=True), len(pruning_loc))
     is_swin = isinstance(backbone, SwinTransformer)
-    mixin, block_class = (DynamicSwin, DynamicSwinBlock) if is_swin else (DynamicConvNeXt, DynamicConvNeXtBlock)
+    mixin, norm = (SwinSparsification, blocks[0].norm2) if is_swin else (SpatialSparsification, blocks[0].norm)
     backbone.__class__ = type(f"Dynamic{type(backbone).__name__}", (mixin, type(backbone)), {})
     backbone.pruning_loc, backbone.merge_streams = pruning_loc, merge_streams
     backbone.set_keep_rates(keep_rates)
-    norm = blocks[0].norm2 if is_swin else blocks[0].norm
-    dim = len(norm.weight)
+    dim, eps = len(norm.weight), norm.eps
     for block in blocks[pruning_loc[0] :]:
-        block.__class__ = block_class
-        block.fast_path = nn.Sequential(nn.LayerNorm(dim, norm.eps), nn.Linear(dim, dim)).to(norm.weight)
-        block.fast_path.apply(init_weights_vit_timm)
-        if not is_swin:
-            block.fast_path_gamma = nn.Parameter(torch.full_like(norm.weight, FRESH_GAMMA))
-    backbone.score_predictor = nn.ModuleList(Predictor(dim, norm.eps) for _ in pruning_loc).to(norm.weight)
-    backbone.score_predictor.apply(init_weights_vit_timm)
+        block.__class__ = DynamicSwinBlock if is_swin else DynamicConvNeXtBlock
+        scale = () if is_swin else (LayerScale(dim, FRESH_SCALE),)
+        block.fast_path = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim), *scale)
+        block.fast_path.to(norm.weight).apply(init_weights_vit_timm)
+    backbone.score_predictor = nn.ModuleList(Predictor(dim, eps) for _ in pruning_loc)
+    backbone.score_predictor.to(norm.weight).apply(init_weights_vit_timm)
     return backbone
 
 
@@ -321,5 +283,7 @@ def map_published(weights: dict[str, Tensor], model: Backbone) -> dict[str, Tens
     mapped = {}
     for name, value in weights.items():
         name = name.replace("layers.2.score_predictor.", "score_predictor.").replace("fastmlp.fc1.", "fast_path.")
-        mapped[name] = value.flatten(1) if name.startswith("score_predictor.") and value.ndim == 4 else value
+        # ConvNeXt's predictors were made of 1 x 1 convolutions
+        flat = value.flatten(1) if name.startswith("score_predictor.") and value.ndim == 4 else value
+        mapped[name.replace("fast_path_gamma", "fast_path.2.gamma")] = flat
     return mapped
