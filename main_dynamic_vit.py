@@ -147,7 +147,7 @@ def log_setup(
         places = f"{spec.scorer} + {spec.reducer} before blocks {list(spec.pruning_loc)}"
         log(
             f"{gflops['dynamic'] / gflops['dense']:.1%} of the dense model's {gflops['dense']:.4g} GFLOPs: {places} "
-            f"keep {model.tokens_kept(model.num_patches)} of {model.num_patches} tokens"
+            f"keep {model.tokens_kept(patches)} of {patches} tokens"
         )
     counts = f"{len(train)} training and {len(val)}" if train is not None else str(len(val))
     log(f"{args.data_set} {args.data_path}: {counts} validation images, {spec.num_classes} classes")

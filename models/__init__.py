@@ -1,10 +1,11 @@
 from .factory import ARCHS, build_model, create_model, geometric_keep_rates, make_dynamic
 from .lvvit import combine_heads
 from .pretrained import CheckpointError, find_weights, load_weights, read_checkpoint
-from .pruning import Teacher
+from .reducers import REDUCERS
+from .scorers import SCORERS
+from .spatial import arithmetic_keep_rates
 from .spec import ModelError, ModelSpec, Preprocessing
-
-SCORERS, REDUCERS = ("predictor", "attention", "random"), ("drop", "merge")
+from .teacher import Teacher
 
 __all__ = [
     "ARCHS",
@@ -15,6 +16,7 @@ __all__ = [
     "ModelSpec",
     "Preprocessing",
     "Teacher",
+    "arithmetic_keep_rates",
     "build_model",
     "combine_heads",
     "create_model",

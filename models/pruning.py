@@ -24,7 +24,7 @@ from .reducers import REDUCERS, Reduced, drop, merge, select_tokens
 from .scorers import SCORERS, Predictor, class_attention, random_scores, received_attention
 from .vit import POOLINGS, Tokens, ViTAdapter, attentions, log_weights, matmul_dtype, observe, take_observed
 
-__all__ = ["Predictor", "Teacher", "TokenPruning", "Trace", "make_dynamic", "sample_keep_decision", "select_tokens"]
+__all__ = ["Predictor", "TokenPruning", "Trace", "make_dynamic", "sample_keep_decision", "select_tokens"]
 
 # The first that fits: LVViT is a VisionTransformer too.
 ADAPTERS = {LVViT: LVViTAdapter(), VisionTransformer: ViTAdapter(), Eva: EvaAdapter()}
@@ -97,6 +97,7 @@ class Trace(NamedTuple):
     kept: list[Tensor]  # by stage: (B, K) patches kept, best score first
     scores: Tensor  # (B, S, N), float32; NaN for patches that had left before that stage
     groups: Tensor  # (B, S, N): the kept patch that each patch is part of after that stage; -1 if dropped
+    grid: tuple[int, int]  # rows and columns of the N patches
 
 
 class TokenPruning:
@@ -181,7 +182,8 @@ class TokenPruning:
         tokens, stages = self.reduce_tokens(images)
         logits = self.adapter.head(self, tokens.x, tokens.size)
         kept = [stage.patches for stage in stages]
-        return Trace(logits, kept, spread_scores(stages), trace_groups(stages))
+        grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        return Trace(logits, kept, spread_scores(stages), trace_groups(stages), grid)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, P+K, C) normed tokens: the prefix tokens and those left at the end."""
@@ -354,24 +356,3 @@ def make_dynamic(
         for i in pruning_loc:
             observe(vit.blocks[i - 1])
     return vit
-
-
-class Teacher(nn.Module):
-    """A dense backbone to distil from: frozen, and in eval mode whatever its parent does.
-
-    Without that LV-ViT's BatchNorm statistics would drift. Returns (logits, tokens), as a dynamic
-    model does in train mode.
-    """
-
-    def __init__(self, vit: VisionTransformer | Eva) -> None:
-        super().__init__()
-        self.adapter = find_adapter(vit)
-        self.vit = vit.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Teacher":
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        choose_attention(self.vit, images)
-        return self.adapter.outputs(self.vit, self.vit.forward_features(images), weights=None)

@@ -20,9 +20,9 @@ class Float32LogSoftmax(nn.LogSoftmax):
 class Predictor(nn.Module):
     """Scores tokens from their own features and the mean over all kept ones (paper, section 3.2)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.in_conv = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim), nn.GELU())
         self.out_conv = nn.Sequential(
             nn.Linear(dim, dim // 2),
             nn.GELU(),
