@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import build_model
+
 
 def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:
     """Multiply-adds of the evaluation forward on one image, in 1e9.
@@ -21,6 +23,14 @@ def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:
     images = torch.empty(1, 3, height, width, device="meta")
     with torch.no_grad():
         return gflops_of(lambda: shadow(images))
+
+
+def dense_and_dynamic_gflops(model: nn.Module) -> dict[str, float]:
+    """By "dense" and, unless it is dense itself, "dynamic", at the model's own image size."""
+    with torch.device("meta"):
+        dense = build_model(model.spec.as_dense())
+    gflops = {"dense": count_gflops(dense, model.spec.img_size)}
+    return gflops if model.spec.dense else gflops | {"dynamic": count_gflops(model, model.spec.img_size)}
 
 
 def gflops_of(run: Callable[[], object]) -> float:

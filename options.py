@@ -387,6 +387,24 @@ def data_options(args: argparse.Namespace, num_classes: int | None) -> DataOptio
     return take(DataOptions, args, num_classes=args.num_classes or num_classes)
 
 
+def count_classes(args: argparse.Namespace, known: int, trained: int | None) -> int:
+    """Of the model. known: classes of the data, 0 without labels. trained: classes that its weights know, 0 where
+    they have no classifier and give embeddings, None where a new one is to be trained."""
+    if trained == 0:
+        return 0
+    wanted = args.num_classes or known or trained
+    if wanted is None:
+        raise UserError("the images have no labels, which a model without trained weights needs")
+    if wanted < known:
+        raise UserError(f"--num-classes {wanted} is less than the {known} classes of the data set")
+    if trained not in (None, wanted):
+        raise UserError(
+            f"{args.pretrained or 'the weights file'} knows {trained} classes, the data set has {wanted}: "
+            "train a dense model on it first (--dense --pretrained FILE) and start from that"
+        )
+    return wanted
+
+
 def place(args: argparse.Namespace) -> Place:
     return take(Place, args, evaluating=args.eval)
 

@@ -80,12 +80,14 @@ class Output:
         self.events.flush()
 
     def _write_pictures(self, model: nn.Module, epoch: int) -> None:
-        pruning, grid = prune(model, self.sample), model.patch_embed.grid_size
+        trace = prune(model, self.sample)
         shown = self.sample[:NUM_PICTURES]
-        self.events.add_image("kept patches", sheet_of_strips(shown, pruning, grid), epoch)
-        self.events.add_image("keep scores", sheet_of_heat_maps(shown, pruning, grid), epoch)
+        self.events.add_image("kept patches", sheet_of_strips(shown, trace), epoch)
+        self.events.add_image("keep scores", sheet_of_heat_maps(shown, trace), epoch)
+        if model.scorer != "predictor":
+            return
         # as training draws them, the mean probability to be kept; 0 for a token dropped at an earlier stage
-        expected_share = pruning.scores.nan_to_num(0.0).mean(dim=2)
+        expected_share = trace.scores.nan_to_num(0.0).mean(dim=2)
         for stage, shares in enumerate(expected_share.unbind(dim=1)):
             self.events.add_histogram(f"kept share per image/stage {stage}", shares, epoch)
 

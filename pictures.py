@@ -6,16 +6,15 @@ are numbered row by row. B images, S pruning stages, K patches kept at a stage.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from datasets import BatchTransform
+from models.pruning import Trace
 
 Grid = tuple[int, int]
 
@@ -30,33 +29,21 @@ TEXT_INDENT = 2
 FRAME_SECONDS, LAST_FRAME_SECONDS = 0.8, 2.0
 
 
-class Pruning(NamedTuple):
-    """What the evaluation forward did with B images."""
-
-    logits: Tensor  # (B, classes)
-    kept: list[Tensor]  # by stage: (B, K) patches kept
-    scores: Tensor  # (B, S, N) probability of being kept; NaN for patches dropped before that stage
-
-
 @torch.no_grad()
-def prune(model: VisionTransformer, images: Tensor) -> Pruning:
-    """Runs a dynamic model on (B, 3, H, W) uint8 images; leaves it in the mode in which it was."""
-    outputs: list[Tensor] = []
-    hooks = [p.register_forward_hook(lambda _, __, output: outputs.append(output)) for p in model.score_predictor]
+def prune(model: nn.Module, images: Tensor) -> Trace:
+    """What a dynamic model does with (B, 3, H, W) uint8 images; leaves it in the mode in which it was.
+
+    A predictor's scores become probabilities of being kept.
+    """
     was_training = model.training
+    preprocessing = model.spec.preprocessing
+    device = next(model.parameters()).device
     model.eval()
     try:
-        logits, kept = model.forward_pruned(BatchTransform(model.pos_embed.device)(images))
+        trace = model.trace(BatchTransform(device, preprocessing.mean, preprocessing.std)(images))
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    probabilities = [log_probs[..., 0].float().exp() for log_probs in outputs]
-    scores = torch.full((len(images), len(kept), probabilities[0].shape[1]), torch.nan, device=logits.device)
-    scores[:, 0] = probabilities[0]
-    for stage in range(1, len(kept)):
-        scores[:, stage].scatter_(1, kept[stage - 1], probabilities[stage])
-    return Pruning(logits, kept, scores)
+    return trace._replace(scores=trace.scores.exp()) if model.scorer == "predictor" else trace
 
 
 def keep_mask(kept: Sequence[Tensor], grid: Grid) -> Tensor:
@@ -122,14 +109,14 @@ def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
     return make_grid(torch.stack([*pictures]), nrow=columns, padding=GAP, pad_value=PAGE)
 
 
-def sheet_of_strips(images: Tensor, pruning: Pruning, grid: Grid) -> Tensor:
-    """The strips of (B, 3, H, W) uint8 images, of which pruning may hold more."""
-    return contact_sheet([strip(image, [k[b] for k in pruning.kept], grid) for b, image in enumerate(images)])
+def sheet_of_strips(images: Tensor, trace: Trace) -> Tensor:
+    """The strips of (B, 3, H, W) uint8 images, of which the trace may hold more."""
+    return contact_sheet([strip(image, [k[b] for k in trace.kept], trace.grid) for b, image in enumerate(images)])
 
 
-def sheet_of_heat_maps(images: Tensor, pruning: Pruning, grid: Grid) -> Tensor:
+def sheet_of_heat_maps(images: Tensor, trace: Trace) -> Tensor:
     """As sheet_of_strips, but every stage's scores as a heat map."""
-    return contact_sheet([heat_strip(image, pruning.scores[b], grid) for b, image in enumerate(images)])
+    return contact_sheet([heat_strip(image, trace.scores[b], trace.grid) for b, image in enumerate(images)])
 
 
 def enlarge(picture: Tensor, factor: int) -> Tensor:

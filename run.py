@@ -14,7 +14,7 @@ from clocks import Eta, SaveClock
 from datasets import BatchTransform, fingerprint
 from engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
 from errors import UserError
-from models import Teacher, load_weights
+from models import ModelSpec, Teacher, load_weights
 from output import Output
 from recipe import Trainer
 from signals import Stopped, StopSignal
@@ -242,14 +242,29 @@ def report_accuracy(what: str, stats: Record) -> None:
     log(f"{what}: {', '.join(parts)} on {stats['images']} images")
 
 
-def print_summary(arch: str, kind: str, gflops: dict[str, float], dense: Record | None, best: Record) -> None:
-    """kind: "dense" or "dynamic". dense: the teacher's validation, where there was one."""
+def log_model(model: nn.Module, gflops: dict[str, float]) -> None:
+    """gflops: by "dense" and "dynamic"."""
+    spec = model.spec
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    kind = "dense" if spec.dense else "dynamic"
+    log(f"{spec.arch} {kind}: {millions:.2f} M parameters, {gflops[kind]:.4g} GFLOPs")
+    if not spec.dense:
+        log(
+            f"{gflops['dynamic'] / gflops['dense']:.1%} of the dense model's {gflops['dense']:.4g} GFLOPs: "
+            f"{spec.scorer} + {spec.reducer} before blocks {', '.join(map(str, spec.pruning_loc))} keep "
+            f"{', '.join(f'{rate:.1%}' for rate in spec.keep_rates)} of the tokens"
+        )
+
+
+def print_summary(spec: ModelSpec, gflops: dict[str, float], dense: Record | None, best: Record) -> None:
+    """dense: the teacher's validation, where there was one."""
+    kind = "dense" if spec.dense else "dynamic"
     rows = [("dense", gflops["dense"], dense)] if dense else []
     rows.append((f"{kind}, epoch {best['epoch']} (best)", gflops[kind], of_set(best, "val/")))
     if any(name.startswith("val_ema/") for name in best):
         rows.append((f"{kind}, moving average", gflops[kind], of_set(best, "val_ema/")))
     columns = [name for name in COLUMNS if any(name in stats for _, _, stats in rows)]
-    log(f"\n{arch:<30}{'GFLOPs':>10}" + "".join(f"{COLUMNS[name][0]:>10}" for name in columns))
+    log(f"\n{spec.arch:<30}{'GFLOPs':>10}" + "".join(f"{COLUMNS[name][0]:>10}" for name in columns))
     for label, cost, stats in rows:
         cells = [f"{stats[name]:>10.{COLUMNS[name][1]}f}" if name in stats else f"{'':>10}" for name in columns]
         log(f"{label:<30}{cost:>10.4g}" + "".join(cells))

@@ -5,7 +5,7 @@ from .reducers import REDUCERS
 from .scorers import SCORERS
 from .spatial import arithmetic_keep_rates
 from .spec import ModelError, ModelSpec, Preprocessing
-from .teacher import Teacher
+from .teacher import Teacher, build_teacher
 
 __all__ = [
     "ARCHS",
@@ -18,6 +18,7 @@ __all__ = [
     "Teacher",
     "arithmetic_keep_rates",
     "build_model",
+    "build_teacher",
     "combine_heads",
     "create_model",
     "find_weights",

@@ -67,16 +67,16 @@ def find_weights(content: dict) -> StateDict:
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 
-def read_dense_weights(spec: ModelSpec, file: str | None) -> tuple[StateDict, str]:
-    """Trained weights of a spec's dense backbone, and where they are from.
+def read_dense_weights(spec: ModelSpec, file: str | None) -> StateDict:
+    """Trained weights of a spec's dense backbone.
 
     file: a checkpoint; None: the architecture's file in pretrained/ (see download_pretrain.sh), or for a timm
     name what timm downloads. Raises CheckpointError if there are none.
     """
     if file:
-        return find_weights(read_checkpoint(file)), file
+        return find_weights(read_checkpoint(file))
     if spec.arch not in ARCHS:
-        return download_weights(spec.arch), f"timm's {spec.arch}"
+        return download_weights(spec.arch)
     name = ARCHS[spec.arch].weights
     if name is None:
         raise CheckpointError(
@@ -87,7 +87,7 @@ def read_dense_weights(spec: ModelSpec, file: str | None) -> tuple[StateDict, st
         raise CheckpointError(
             f"no dense weights {path}; get them: sh download_pretrain.sh {spec.arch} (or --pretrained FILE)"
         )
-    return find_weights(read_checkpoint(path)), str(path)
+    return find_weights(read_checkpoint(path))
 
 
 def download_weights(arch: str) -> StateDict:
@@ -101,10 +101,9 @@ def download_weights(arch: str) -> StateDict:
         raise CheckpointError(f"cannot get timm's weights of {arch} ({reason}); give --pretrained FILE") from error
 
 
-def num_classes_of(weights: StateDict) -> int | None:
-    """That the classifier in a state dict knows; None where there is none."""
-    sizes = [len(weights[f"{head}.weight"]) for head in ("head", "head.fc") if f"{head}.weight" in weights]
-    return sizes[0] if sizes else None
+def num_classes_of(weights: StateDict) -> int:
+    """That the classifier in a state dict knows; 0 where there is none."""
+    return next((len(weights[f"{head}.weight"]) for head in ("head", "head.fc") if f"{head}.weight" in weights), 0)
 
 
 def load_weights(model: nn.Module, weights: StateDict, new_head: bool = False) -> list[str]:

@@ -5,7 +5,10 @@ from timm.models import ConvNeXt, SwinTransformer
 from torch import Tensor, nn
 
 from . import spatial
+from .factory import build_model
+from .pretrained import StateDict, load_weights
 from .pruning import choose_attention, find_adapter
+from .spec import ModelSpec
 
 
 class Teacher(nn.Module):
@@ -29,3 +32,10 @@ class Teacher(nn.Module):
             return spatial.split_outputs(self.vit, self.vit.forward_features(images))
         choose_attention(self.vit, images)
         return find_adapter(self.vit).outputs(self.vit, self.vit.forward_features(images), weights=None)
+
+
+def build_teacher(spec: ModelSpec, weights: StateDict) -> Teacher:
+    """A model's dense self with trained weights."""
+    dense = build_model(spec.as_dense())
+    load_weights(dense, weights)
+    return Teacher(dense)
