@@ -359,15 +359,15 @@ def build_train_loader(
     num_workers: int,
     pin_memory: bool,
     seed: int,
-    repeats: int = 1,
+    num_repeats: int = 1,
     update_freq: int = 1,
 ) -> tuple[DataLoader, int]:
     """This process's share of the training images, and the number of optimizer steps in an epoch.
 
-    batch_size: images for a forward pass, of which update_freq make a step. repeats: see TrainSampler.
+    batch_size: images for a forward pass, of which update_freq make a step. num_repeats: see TrainSampler.
     """
     check_num_workers(num_workers)
-    sampler = TrainSampler(train_set, get_rank(), get_world_size(), seed, repeats)
+    sampler = TrainSampler(train_set, get_rank(), get_world_size(), seed, num_repeats)
     steps = len(sampler) // (batch_size * update_freq)
     if steps == 0:
         raise UserError(

@@ -625,7 +625,7 @@ def test_train_loader(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_loader_repeats_images() -> None:
-    loader, steps = build_train_loader(grey_images(60), 6, 0, False, seed=3, repeats=3)
+    loader, steps = build_train_loader(grey_images(60), 6, 0, False, seed=3, num_repeats=3)
     labels = torch.cat([labels for _, labels in loader])
     assert steps == 10 and len(labels) == 60 and len(labels.unique()) == 20
 
