@@ -1,4 +1,4 @@
-"""A run's checkpoints: which one to go on from, what is in it, and writing it so that nothing is lost."""
+"""A run's checkpoints: which one to resume, what is in it, and writing it so that nothing is lost."""
 
 import argparse
 import os
@@ -6,87 +6,185 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from engine import RunningMeans, Trainer, unwrap
-from models import CheckpointError, find_weights, load_weights, read_checkpoint
-from utils import UserError, gather, get_rank, get_world_size, is_main_process, log, temporary_path
+from errors import UserError
+from models import ARCHS, CheckpointError, ModelError, ModelSpec, find_weights, read_checkpoint
+from utils import gather, get_rank, is_main_process
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
-# Arguments about where and how a run is executed: it may be resumed with other values of these.
-# num_classes is among them as the data tells it only later; weights that do not fit are refused anyway.
-MAY_CHANGE = {
-    *("resume", "eval", "dist_eval", "output_dir", "data_path", "num_classes"),
-    *("device", "num_workers", "print_freq", "save_freq", "skip_bad_images"),
-}
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The file to go on from, by --resume, as this machine's file system has it.
+@dataclass
+class Progress:
+    """How far a run has come."""
 
-    An earlier run in --output-dir is gone on with or left alone, never overwritten: UserError.
+    epoch: int = 0
+    images: int = 0  # of this epoch, by all processes together
+    history: list[dict[str, Any]] = field(default_factory=list)  # what log.txt says, an entry an epoch
+    dense: dict[str, float] | None = None  # the teacher's own validation
+    bad_images: list[str] = field(default_factory=list)
+    data: dict[str, str] = field(default_factory=dict)  # fingerprints, by data set
+
+
+@dataclass
+class RunState:
+    """What a run saves, from which it goes on exactly where it stood.
+
+    Random states are not in it: all draws follow from the seed and the position in the run.
+    In the file the fields are the keys, with progress's fields beside them.
     """
-    last = Path(args.output_dir) / LAST if args.output_dir else None
-    held = last is not None and last.is_file()
-    if args.resume == "auto":
-        return last if held else None
-    if args.resume == "none":
-        if held and not args.eval:
-            raise UserError(f"{args.output_dir} holds an earlier run; choose another --output-dir, or --resume auto")
+
+    model: dict[str, Tensor]
+    model_ema: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    sums: list[dict[str, Tensor]]  # every process's running means of the epoch
+    amp: str
+    args: dict[str, Any]  # the command's flags
+    spec: ModelSpec | None
+    progress: Progress
+
+    def to_content(self) -> dict[str, Any]:
+        content = {f.name: getattr(self, f.name) for f in fields(self)} | vars(self.progress)
+        del content["progress"]
+        return content | {"spec": self.spec and self.spec.to_dict()}
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> "RunState":
+        """Raises UserError for a file that holds no whole run of this program."""
+        known = {f.name for f in fields(Progress)}
+        needed = {f.name for f in fields(cls)} - {"progress", "spec"} | {"epoch", "images", "history"}
+        missing = sorted(needed - set(content))
+        if missing == sorted(needed - {"model"}) or "optimizer" in missing:
+            raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
+        if missing or (content["epoch"] > 0 and not content["history"]) or not content["sums"]:
+            lack = ", ".join(missing) or ("history" if content["sums"] else "sums")
+            raise UserError(f"the file to resume lacks a part ({lack}); start from its weights with --pretrained")
+        progress = Progress(**{name: content[name] for name in known if name in content})
+        own = {f.name: content[f.name] for f in fields(cls) if f.name not in ("progress", "spec")}
+        return cls(**own, spec=spec_of(content), progress=progress)
+
+
+def spec_of(content: dict[str, Any]) -> ModelSpec | None:
+    """The description of the model whose weights a checkpoint holds, where it tells one.
+
+    Files from before there were descriptions, and the published ones, tell it by their arguments.
+    """
+    if content.get("spec"):
+        return ModelSpec.from_dict(content["spec"])
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
         return None
-    path = Path(args.resume)
-    if path.is_dir():
+    arch = next((a for a in (args.get("model"), args.get("arch")) if known_arch(a)), None)
+    if arch is None:
+        return None
+    arch = known_arch(arch)
+    sizes = {n: args[n] for n in ARCHS[arch].sizes if args.get(n) is not None}
+    sizes = {n: value for n, value in sizes.items() if value != ARCHS[arch].sizes[n]}
+    head = find_weights(content).get("head.bias")
+    return ModelSpec(
+        arch=arch,
+        base_rate=args.get("base_rate", 0.7),
+        num_classes=len(head) if head is not None else args.get("num_classes"),
+        img_size=args.get("input_size"),
+        dense=bool(args.get("dense")),
+        sizes=sizes,
+        pruning_loc=tuple(args.get("pruning_loc") or ARCHS[arch].pruning_loc),
+        keep_rates=tuple(args["keep_rates"]) if args.get("keep_rates") else None,
+    )
+
+
+def known_arch(name: object) -> str | None:
+    """Our name of an architecture; the published code writes deit-s and swin-t for some."""
+    if not isinstance(name, str):
+        return None
+    ours = {"deit-s": "deit_small", "deit-b": "deit_base", "deit-256": "deit_256"}.get(name, name.replace("-", "_"))
+    return ours if ours in ARCHS else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command's run is, and what it may resume."""
+
+    output_dir: str
+    resume: str  # a file, a run's folder, "auto" or "none"
+    evaluating: bool
+
+
+Changes = Callable[[dict[str, Any]], list[str]]  # a checkpoint's content -> what this command asks for otherwise
+
+
+def find_checkpoint(place: Place, changes: Changes) -> Path | None:
+    """The file to resume, as this machine's file system has it.
+
+    An earlier run in --output-dir is resumed or left alone, never overwritten: UserError.
+    """
+    last = Path(place.output_dir) / LAST if place.output_dir else None
+    held = last is not None and last.is_file()
+    if place.resume == "auto":
+        return last if held else None
+    if place.resume == "none":
+        if held and not place.evaluating:
+            raise UserError(f"{place.output_dir} holds an earlier run; choose another --output-dir, or --resume auto")
+        return None
+    path = Path(place.resume)
+    if path.is_dir() and (path / LAST).is_file():
         path /= LAST
-    if args.eval or not held:
+    if place.evaluating or not held:
         return path
-    if not changed_arguments(args, read_checkpoint(last), may_change=MAY_CHANGE - {"resume"}):
+    if not changes(read_checkpoint(last)):
         return last  # this very command was begun before
     if path.resolve().parent != last.resolve().parent:
-        raise UserError(f"{args.output_dir} holds another run; choose another --output-dir for this one")
+        raise UserError(f"{place.output_dir} holds another run; choose another --output-dir for this one")
     return path
 
 
-def read_run(args: argparse.Namespace) -> dict | None:
-    """The content of the checkpoint to go on from, in every process.
+def read_run(place: Place, changes: Changes) -> dict[str, Any] | None:
+    """The content of the checkpoint to resume, in every process.
 
     Machines need not share a file system, and after a restart rank 0 may be on another one than
-    before: the newest file that any of them holds is read, by one process for all.
+    before: the newest file that any of them holds counts. A process that sees it reads it itself;
+    the others get it sent.
     """
-    _, unwritable = attempt(make_writable, args)
-    path, error = attempt(find_checkpoint, args)
-    ages, errors = zip(*gather((modification_time(path), unwritable or error)), strict=True)
+    _, unwritable = attempt(make_writable, place)
+    path, error = attempt(find_checkpoint, place, changes)
+    ages, errors = zip(*gather((modification(path), unwritable or error)), strict=True)
     raise_first(errors)  # all processes, so that none waits for a lost peer
-    if max(ages) < 0:
+    if max(ages) == NOT_WANTED:
         return None
     reader = ages.index(max(ages))
-    shared = list(attempt(read_and_check, args, path)) if get_rank() == reader else [None, None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared, src=reader)
-    content, error = shared
-    raise_first([error])
+    content, error = attempt(read_and_check, place, path, changes) if modification(path) == max(ages) else (None, None)
+    raise_first(gather(error))
+    if get_rank() == reader:
+        print(f"checkpoint: {path}", flush=True)
+    lacking = [rank for rank, age in enumerate(ages) if age != max(ages)]
+    return send(content, reader, lacking) if lacking else content
+
+
+def send(content: dict[str, Any] | None, source: int, ranks: list[int]) -> dict[str, Any]:
+    """Gives the source's content to these ranks. Collective: call it in all processes."""
+    group = dist.new_group([source, *ranks])
+    if get_rank() in (source, *ranks):
+        shared = [content]
+        dist.broadcast_object_list(shared, src=source, group=group)
+        return shared[0]
     return content
 
 
-def attempt(action: Callable, *arguments: object) -> tuple[object, Exception | None]:
+def attempt(action: Callable, *arguments: object) -> tuple[Any, Exception | None]:
     """The action's result, or the error that it ended in."""
     try:
         return action(*arguments), None
-    except (UserError, CheckpointError, OSError) as error:
+    except (UserError, ModelError, OSError) as error:
         return None, error
-
-
-def check_sums(path: Path) -> None:
-    """torch.load compares no checksums. For our own files only, as other programs may leave them out."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() is not None
-    except Exception:  # what a damaged directory leads to
-        damaged = True
-    if damaged:
-        raise CheckpointError(f"{path} is damaged")
 
 
 def raise_first(errors: Iterable[Exception | None]) -> None:
@@ -95,14 +193,17 @@ def raise_first(errors: Iterable[Exception | None]) -> None:
             raise error
 
 
-def modification_time(path: Path | None) -> float:
-    """In seconds; 0 for a file that is not there, -1 for None."""
+NOT_WANTED, NOT_THERE = (-1, 0), (0, 0)
+
+
+def modification(path: Path | None) -> tuple[int, int]:
+    """(time in ns, bytes) tell one file from another one."""
     if path is None:
-        return -1
-    return path.stat().st_mtime if path.is_file() else 0
+        return NOT_WANTED
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else NOT_THERE
 
 
-def read_and_check(args: argparse.Namespace, path: Path) -> dict:
+def read_and_check(place: Place, path: Path, changes: Changes) -> dict[str, Any]:
     best = path.with_name(BEST)
     try:
         content = read_checkpoint(path)
@@ -112,81 +213,47 @@ def read_and_check(args: argparse.Namespace, path: Path) -> dict:
         if path.name == LAST and best.is_file():
             raise CheckpointError(f"{error}; to go on from the best epoch: cp {best} {path}") from error
         raise
-    if args.resume == "auto" and not args.eval:
-        check_same_run(args, content, path)
-    print(f"checkpoint: {path}", flush=True)
+    if place.resume == "auto" and not place.evaluating:
+        changed = changes(content)
+        if changed:
+            raise UserError(
+                f"{place.output_dir} holds a run of other arguments ({', '.join(changed)}); "
+                f"choose another --output-dir, or go on from it with --resume {path}"
+            )
     return content
 
 
-def make_writable(args: argparse.Namespace) -> None:
-    """Makes the --output-dir of a training run. UserError if nothing can be written there."""
-    if not args.output_dir or args.eval or not is_main_process():
+def check_sums(path: Path) -> None:
+    """torch.load compares no checksums. For our own files only, as other programs may leave them out,
+    and files of torch's old format have none."""
+    if not zipfile.is_zipfile(path):
         return
-    folder = Path(args.output_dir)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() is not None
+    except Exception:  # what a damaged directory leads to
+        damaged = True
+    if damaged:
+        raise CheckpointError(f"{path} is damaged")
+
+
+def make_writable(place: Place) -> None:
+    """Makes the --output-dir of a training run. UserError if nothing can be written there."""
+    if not place.output_dir or place.evaluating or not is_main_process():
+        return
+    folder = Path(place.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_path(folder / "probe")  # the permission bits alone do not tell, for /sys or for root
+        probe.touch()
+        probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot make --output-dir {folder} ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to --output-dir {folder}")
+        raise UserError(f"cannot write to --output-dir {folder} ({error.strerror})") from error
 
 
-def check_same_run(args: argparse.Namespace, content: dict, path: Path) -> None:
-    changes = changed_arguments(args, content, MAY_CHANGE)
-    if changes:
-        raise UserError(
-            f"{args.output_dir} holds a run of other arguments ({', '.join(changes)}); "
-            f"choose another --output-dir, or go on from it with --resume {path}"
-        )
-
-
-def changed_arguments(args: argparse.Namespace, content: dict, may_change: set[str]) -> list[str]:
-    """What differs from the arguments that a checkpoint was written with."""
-    earlier = content.get("args", {})
-    return [
-        f"--{name.replace('_', '-')} {earlier[name]} -> {value}"
-        for name, value in vars(args).items()
-        if name not in may_change and name in earlier and earlier[name] != value
-    ]
-
-
-def run_state(trainer: Trainer, sums: RunningMeans) -> dict:
-    """What a trainer needs to go on exactly here. A collective call: every process's sums are in it.
-
-    Random states are not: all draws follow from the seed and the position in the run.
-    """
-    return {
-        "model": unwrap(trainer.model).state_dict(),
-        "model_ema": trainer.ema.module.state_dict() if trainer.ema else None,
-        "optimizer": trainer.optimizer.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "sums": sums.gather(),
-        "amp": str(trainer.amp_dtype),
-    }
-
-
-def restore(trainer: Trainer, content: dict) -> RunningMeans:
-    """Puts a checkpoint's state into the trainer; returns the sums of the epoch that it stopped in."""
-    if "optimizer" not in content or "history" not in content:
-        raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
-    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
-    try:
-        trainer.optimizer.load_state_dict(content["optimizer"])
-    except ValueError as error:
-        raise UserError("the run to resume trained another kind of model; start from it with --pretrained") from error
-    for group, decay in zip(trainer.optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay  # as asked for now; the rates are set anew at every step
-    load_weights(unwrap(trainer.model), find_weights(content))
-    if trainer.ema is not None:
-        load_weights(trainer.ema.module, find_weights({"model": content["model_ema"] or content["model"]}))
-    if content["amp"] == str(trainer.amp_dtype):  # another precision needs another scale
-        trainer.scaler.load_state_dict(content["scaler"])
-    before, now = len(content["sums"]), get_world_size()
-    if before != now:
-        log(f"resumed with {now} process(es) instead of {before}: the global batch and the learning rate follow")
-    sums = RunningMeans(trainer.device)
-    sums.load(content["sums"])
-    return sums
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it gets its name, so that it is whole at any moment."""
+    return path.with_name(path.name + ".tmp")
 
 
 class CheckpointWriter:
@@ -199,21 +266,21 @@ class CheckpointWriter:
         self.folder = folder
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future | None = None
-        self.owed: dict[str, dict] = {}  # by file name: the content that has to be written yet
+        self.unwritten: dict[str, dict] = {}  # by file name: the content that has to be written yet
         for name in (LAST, BEST):  # of a run that was killed
             temporary_path(folder / name).unlink(missing_ok=True)
 
-    def save(self, content: dict, names: tuple[str, ...]) -> None:
+    def save(self, state: RunState, names: tuple[str, ...]) -> None:
         if self.pending is not None:
             self.pending.result()
-        self.owed |= dict.fromkeys(names, copy_to_cpu(content))
+        self.unwritten |= dict.fromkeys(names, copy_to_cpu(state.to_content()))
         self.pending = self.thread.submit(self._write)
 
     def _write(self) -> None:
-        for name, content in list(self.owed.items()):
+        for name, content in list(self.unwritten.items()):
             try:
                 write_checkpoint(content, self.folder / name)
-                del self.owed[name]
+                del self.unwritten[name]
             except UserError as error:
                 print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)
 
@@ -221,7 +288,7 @@ class CheckpointWriter:
         """Until all is on disk; raises UserError if that cannot be."""
         if self.pending is not None:
             self.pending.result()
-        for name, content in self.owed.items():
+        for name, content in self.unwritten.items():
             write_checkpoint(content, self.folder / name)
 
 

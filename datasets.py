@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from errors import ImageError, UserError
 from image_files import ImageFiles, class_folders, list_images, scan
 from models.spec import Preprocessing
 from samplers import TrainSampler
 from shapes import Shapes
-from utils import ImageError, UserError, get_rank, get_world_size, ignore_stop_signals, log, max_over_processes
+from signals import ignore_stop_signals
+from utils import get_rank, get_world_size, log, max_over_processes
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
 # Images of these are small; they are trained on at their own size where the model's input size is the same.

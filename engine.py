@@ -3,46 +3,21 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
+from clocks import Eta
 from datasets import IGNORED_LABEL
-from optim import set_rates
-from utils import Eta, UserError, derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
+from errors import UserError
+from losses import cosine_distance, kl_divergence
+from recipe import Trainer, set_rates
+from utils import derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
 
 MAX_BAD_STEPS = 20  # in a row, before a run gives up
-
-
-@dataclass
-class Trainer:
-    """All that a training step works with, and the numbers that it leaves behind."""
-
-    model: nn.Module  # DDP-wrapped where there are several processes
-    criterion: nn.Module  # (images, outputs, labels) -> (loss, parts by name)
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    batch_transform: Callable[[Tensor], Tensor]
-    device: torch.device
-    amp_dtype: torch.dtype | None
-    schedule: Callable[[float], dict[str, float]]  # epochs done, with a fraction -> learning rate by group name
-    mixup: Mixup | None = None
-    ema: ModelEmaV3 | None = None
-    clip_grad: float | None = None
-    update_freq: int = 1
-    seed: int = 0
-    print_freq: int = 50
-    bad_steps_in_a_row: Tensor = field(init=False)
-    longest_bad_row: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.bad_steps_in_a_row = self.longest_bad_row = torch.zeros((), device=self.device)
 
 
 def train_one_epoch(
@@ -126,7 +101,7 @@ def update_weights(trainer: Trainer, statistics: Sequence[tuple[Tensor, Tensor]]
         trainer.ema.update(unwrap(trainer.model))
     bad = is_bad.float()
     trainer.bad_steps_in_a_row = (trainer.bad_steps_in_a_row + bad) * bad
-    trainer.longest_bad_row = torch.maximum(trainer.longest_bad_row, trainer.bad_steps_in_a_row)
+    trainer.most_bad_steps_in_a_row = torch.maximum(trainer.most_bad_steps_in_a_row, trainer.bad_steps_in_a_row)
     return bad
 
 
@@ -135,7 +110,7 @@ class Diverged(Exception):
 
 
 def stop_if_diverged(trainer: Trainer) -> None:
-    if trainer.longest_bad_row.item() >= MAX_BAD_STEPS:
+    if trainer.most_bad_steps_in_a_row.item() >= MAX_BAD_STEPS:
         raise Diverged(f"{MAX_BAD_STEPS} steps in a row or more had gradients that are not finite")
 
 
@@ -147,27 +122,67 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None,
     sharded: bool,
+    dense: nn.Module | None = None,
 ) -> dict[str, float]:
-    """Returns loss, top1 and top5 (in percent) and the number of images, but for those labelled IGNORED_LABEL.
+    """Returns the number of images and means over them, images labelled IGNORED_LABEL left out of the first:
+
+    - loss, top1 and top5 (in percent), where there are labels;
+    - with a dense model to compare with: agreement (percent of equal top-1 answers) and kl (dense || model),
+      or for a model without a classifier the cosine of the two embeddings.
 
     sharded: each process's loader holds its own part of the images, so sums are added up.
     """
+    broadcast_buffers(model)
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums: dict[str, Tensor] = {}
     for images, labels in loader:
-        labels = labels.to(device, non_blocking=True)
+        labels, images = labels.to(device, non_blocking=True), batch_transform(images)
         with autocast(device, amp_dtype):
-            logits = model(batch_transform(images))
-        logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), (labels != IGNORED_LABEL).sum()])
-    if sharded:
-        sums = sum_over_processes(sums)
-    loss, top1, top5, count = sums.tolist()
-    if count == 0:
+            logits = model(images).float()
+            dense_logits = None if dense is None else dense(images).float()
+        for name, value in batch_sums(logits, labels, dense_logits).items():
+            sums[name] = sums.get(name, 0) + value.double()
+    if not sums:
         raise UserError("there is no image to validate on")
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": int(count)}
+    totals = torch.stack([*sums.values()])
+    stats = dict(zip(sums, (sum_over_processes(totals) if sharded else totals).tolist(), strict=True))
+    return means_over_images(stats, with_dense=dense is not None, embeddings=model.num_classes == 0)
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """LV-ViT's BatchNorm statistics differ from process to process; all evaluate with rank 0's."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def batch_sums(logits: Tensor, labels: Tensor, dense_logits: Tensor | None) -> dict[str, Tensor]:
+    """Sums over a batch, by name, of what evaluate gives the means of."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    labelled = (labels >= 0) & (labels < logits.shape[1])
+    loss = F.cross_entropy(logits, labels.where(labelled, IGNORED_LABEL), reduction="sum")
+    sums = {"loss": loss, "top1": hits[:, 0].sum(), "top5": hits.sum(), "labelled": labelled.sum()}
+    sums["images"] = torch.full_like(loss, len(labels))
+    if dense_logits is not None:
+        sums["agreement"] = (logits.argmax(dim=1) == dense_logits.argmax(dim=1)).sum()
+        sums["kl"] = kl_divergence(logits, dense_logits).sum()
+        sums["cosine"] = (1 - cosine_distance(logits, dense_logits)).sum()
+    return sums
+
+
+def means_over_images(sums: dict[str, float], with_dense: bool, embeddings: bool) -> dict[str, float]:
+    labelled, images = sums["labelled"], sums["images"]
+    if labelled == 0 and not with_dense:
+        raise UserError("there is no image to validate on")
+    stats = {}
+    if labelled > 0 and not embeddings:
+        stats = {"loss": sums["loss"] / labelled, "top1": 100 * sums["top1"] / labelled}
+        stats |= {"top5": 100 * sums["top5"] / labelled}
+    if with_dense and embeddings:
+        stats["cosine"] = sums["cosine"] / images
+    elif with_dense:
+        stats |= {"agreement": 100 * sums["agreement"] / images, "kl": sums["kl"] / images}
+    return stats | {"images": int(images if with_dense else labelled)}
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

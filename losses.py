@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,6 +27,11 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """(..., C) embeddings -> (...) 1 - cosine."""
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+
+
 class LabelLoss(nn.Module):
     """The label loss alone, for a dense model."""
 
@@ -43,6 +49,7 @@ class DiffPruningLoss(nn.Module):
 
     predict: makes the logits that labels are compared with from (logits, tokens), for backbones
     whose prediction joins both (LV-ViT's combine_heads).
+    cls_weight: of the label loss; 0 does not look at labels at all, so that there need be none.
     """
 
     def __init__(
@@ -51,28 +58,34 @@ class DiffPruningLoss(nn.Module):
         keep_rates: Sequence[float],
         ratio_weight: float = 2.0,
         predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+        cls_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.base_criterion = base_criterion
         self.keep_rates = tuple(keep_rates)
         self.ratio_weight = ratio_weight
         self.predict = predict
+        self.cls_weight = cls_weight
 
     def forward(self, images: Tensor, outputs: Outputs, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and, by name, its unweighted parts and each stage's mean kept fraction.
 
-        images are for the teacher, which this loss has not.
+        images are for the teacher, which this loss does not use. Where tokens have left the tensor in
+        training (keep_decisions is empty), there is no ratio to learn.
         """
         logits, tokens, _, keep_decisions = outputs
         if self.predict is not None:
             logits = self.predict(logits, tokens)
-        parts = {
-            "cls": self.base_criterion(logits.float(), labels),
-            "ratio": ratio_loss(keep_decisions, self.keep_rates),
-        }
+        loss, parts = logits.new_zeros((), dtype=torch.float32), {}
+        if self.cls_weight > 0:
+            parts["cls"] = self.base_criterion(logits.float(), labels)
+            loss = self.cls_weight * parts["cls"]
+        if keep_decisions:
+            parts["ratio"] = ratio_loss(keep_decisions, self.keep_rates)
+            loss = loss + self.ratio_weight / len(self.keep_rates) * parts["ratio"]
         for stage, policy in enumerate(keep_decisions):
             parts[f"kept_{stage}"] = policy.detach().mean()
-        return parts["cls"] + self.ratio_weight / len(self.keep_rates) * parts["ratio"], parts
+        return loss, parts
 
 
 class DistillDiffPruningLoss(DiffPruningLoss):
@@ -81,6 +94,8 @@ class DistillDiffPruningLoss(DiffPruningLoss):
     teacher: a module that returns (logits, tokens) for images; see models.Teacher.
     mse_token: compare tokens by mean squared error (DeiT: features), else by KL divergence
     (LV-ViT: auxiliary logits).
+    token_weight: of the tokens' loss, 0 for none; as distill_weight where it is not given.
+    embeddings: the model has no classifier, and what it gives is compared by cosine, not by KL divergence.
     """
 
     def __init__(
@@ -91,22 +106,38 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         ratio_weight: float = 2.0,
         distill_weight: float = 0.5,
         mse_token: bool = True,
+        cls_weight: float = 1.0,
+        token_weight: float | None = None,
+        embeddings: bool = False,
     ) -> None:
-        super().__init__(base_criterion, keep_rates, ratio_weight)
+        super().__init__(base_criterion, keep_rates, ratio_weight, cls_weight=cls_weight)
         self.teacher = teacher
         self.distill_weight = distill_weight
         self.mse_token = mse_token
+        self.token_weight = distill_weight if token_weight is None else token_weight
+        self.embeddings = embeddings
 
     def forward(self, images: Tensor, outputs: Outputs, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """As DiffPruningLoss; the teacher sees the same images as the student."""
         loss, parts = super().forward(images, outputs, labels)
         logits, tokens, keep_mask, _ = outputs
         teacher_logits, teacher_tokens = self.teacher(images)
-        if self.mse_token:
-            token_distance = (tokens.float() - teacher_tokens.float()).square().mean(dim=-1)
+        if self.embeddings:
+            parts["cosine"] = cosine_distance(logits, teacher_logits).mean()
+            loss = loss + self.distill_weight * parts["cosine"]
         else:
-            token_distance = kl_divergence(tokens, teacher_tokens)
-        parts["cls_kl"] = kl_divergence(logits, teacher_logits).mean()
+            parts["cls_kl"] = kl_divergence(logits, teacher_logits).mean()
+            loss = loss + self.distill_weight * parts["cls_kl"]
+        if self.token_weight > 0:
+            parts["token"] = self.token_loss(tokens, teacher_tokens, keep_mask)
+            loss = loss + self.token_weight * parts["token"]
+        return loss, parts
+
+    def token_loss(self, tokens: Tensor, teacher_tokens: Tensor, keep_mask: Tensor) -> Tensor:
+        """Mean distance of the (B, N, C) tokens that the (B, N) mask keeps."""
+        if self.mse_token:
+            distance = (tokens.float() - teacher_tokens.float()).square().mean(dim=-1)
+        else:
+            distance = kl_divergence(tokens, teacher_tokens)
         # at least 1: a batch that has lost every token has no token loss
-        parts["token"] = (token_distance * keep_mask).sum() / keep_mask.sum().clamp(min=1)
-        return loss + self.distill_weight * (parts["cls_kl"] + parts["token"]), parts
+        return (distance * keep_mask).sum() / keep_mask.sum().clamp(min=1)

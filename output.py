@@ -1,19 +1,21 @@
 """What a run leaves in --output-dir: checkpoints, log.txt and TensorBoard events."""
 
-import argparse
+import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-import utils
-from checkpoints import CheckpointWriter
+from checkpoints import CheckpointWriter, Progress, RunState, temporary_path
 from datasets import AugmentedDataset
+from errors import UserError
 from pictures import prune, sheet_of_heat_maps, sheet_of_strips
-from utils import UserError
+from utils import is_main_process
 
 NUM_PICTURES, NUM_HISTOGRAM_IMAGES = 4, 32  # validation images, the same ones every epoch
 
@@ -21,39 +23,42 @@ NUM_PICTURES, NUM_HISTOGRAM_IMAGES = 4, 32  # validation images, the same ones e
 class Output:
     """Written by rank 0 only; by nobody where there is no --output-dir."""
 
-    def __init__(self, args: argparse.Namespace, progress: dict, val_set: AugmentedDataset) -> None:
-        self.folder = Path(args.output_dir)
-        self.active = bool(args.output_dir) and utils.is_main_process()
+    def __init__(self, output_dir: str, progress: Progress, val_set: AugmentedDataset) -> None:
+        self.folder = Path(output_dir)
+        self.active = bool(output_dir) and is_main_process()
         if not self.active:
             return
         try:
             self.checkpoints = CheckpointWriter(self.folder)
-            self.events: SummaryWriter | None = SummaryWriter(args.output_dir, purge_step=progress["epoch"])
-            self.write_log(progress["history"])
+            self.events: SummaryWriter | None = SummaryWriter(output_dir, purge_step=progress.epoch)
+            self.write_log(progress.history)
         except OSError as error:
-            raise UserError(f"cannot write to --output-dir {args.output_dir} ({error.strerror})") from error
+            raise UserError(f"cannot write to --output-dir {output_dir} ({error.strerror})") from error
         # from all over the set, as its first images are often of one class
         spread = range(0, len(val_set), -(-len(val_set) // NUM_HISTOGRAM_IMAGES))
         self.sample = torch.stack([val_set[i][0] for i in spread])
 
-    def save(self, content: dict, names: tuple[str, ...]) -> None:
+    def save(self, state: RunState, names: tuple[str, ...]) -> None:
         if self.active:
-            self.checkpoints.save(content, names)
+            self.checkpoints.save(state, names)
 
-    def write_log(self, history: list[dict]) -> None:
-        # written anew from the checkpoint's history, so that a run killed in between leaves no line twice
-        utils.write_json_lines(self.folder / "log.txt", history)
+    def write_log(self, history: list[dict[str, Any]]) -> None:
+        """A line of JSON an epoch; whole at any moment, and written anew each time, so that a run killed in
+        between leaves no line twice."""
+        path = self.folder / "log.txt"
+        temporary_path(path).write_text("".join(json.dumps(record) + "\n" for record in history))
+        os.replace(temporary_path(path), path)
 
-    def write_epoch(self, history: list[dict], pace: float, model: VisionTransformer) -> None:
+    def write_epoch(self, history: list[dict[str, Any]], pace: float, model: nn.Module) -> None:
         """log.txt, and the same in TensorBoard with pictures and the pace, which differs from run to run."""
-        self.tolerate(self._write_epoch, history, pace, model)
+        self.warn_if_disk_full(self._write_epoch, history, pace, model)
 
-    def write_summary(self, args: argparse.Namespace, gflops: dict[str, float], best: dict) -> None:
-        """For TensorBoard's HParams tab: the arguments with the best epoch's accuracy and the cost."""
-        self.tolerate(self._write_summary, args, gflops, best)
+    def write_summary(self, settings: dict[str, Any], gflops: dict[str, float], best: dict[str, float]) -> None:
+        """For TensorBoard's HParams tab: the command's flags with the best epoch's accuracy and the cost."""
+        self.warn_if_disk_full(self._write_summary, settings, gflops, best)
 
-    def tolerate(self, write: Callable, *arguments: object) -> None:
-        """Lets it write; a disk that is full costs an epoch's events, not the run."""
+    def warn_if_disk_full(self, write: Callable, *arguments: object) -> None:
+        """Writes; a disk that is full costs an epoch's events, not the run."""
         if not self.active:
             return
         try:
@@ -64,17 +69,17 @@ class Output:
             print(f"warning: cannot write to {self.folder} ({error.strerror})", file=sys.stderr, flush=True)
             self.events = None  # a writer that has failed stays broken
 
-    def _write_epoch(self, history: list[dict], pace: float, model: VisionTransformer) -> None:
+    def _write_epoch(self, history: list[dict[str, Any]], pace: float, model: nn.Module) -> None:
         self.write_log(history)
         record = {**history[-1], "train/images_per_second": pace}
         epoch = record.pop("epoch")
         for name, value in record.items():
             self.events.add_scalar(name, value, epoch)
-        if hasattr(model, "score_predictor"):
+        if not model.spec.dense:
             self._write_pictures(model, epoch)
         self.events.flush()
 
-    def _write_pictures(self, model: VisionTransformer, epoch: int) -> None:
+    def _write_pictures(self, model: nn.Module, epoch: int) -> None:
         pruning, grid = prune(model, self.sample), model.patch_embed.grid_size
         shown = self.sample[:NUM_PICTURES]
         self.events.add_image("kept patches", sheet_of_strips(shown, pruning, grid), epoch)
@@ -84,10 +89,10 @@ class Output:
         for stage, shares in enumerate(expected_share.unbind(dim=1)):
             self.events.add_histogram(f"kept share per image/stage {stage}", shares, epoch)
 
-    def _write_summary(self, args: argparse.Namespace, gflops: dict[str, float], best: dict) -> None:
+    def _write_summary(self, settings: dict[str, Any], gflops: dict[str, float], best: dict[str, float]) -> None:
         hparams = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for name, value in vars(args).items()
+            for name, value in settings.items()
         }
         metrics = {f"best/{name}": value for name, value in best.items() if name.startswith("val")}
         metrics |= {f"gflops/{name}": value for name, value in gflops.items()}
@@ -97,5 +102,5 @@ class Output:
         """Raises UserError if the last checkpoint could not be written."""
         if self.active:
             if self.events is not None:
-                self.tolerate(self.events.close)
+                self.warn_if_disk_full(self.events.close)
             self.checkpoints.wait()

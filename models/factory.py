@@ -6,14 +6,16 @@ from functools import partial
 from typing import Any
 
 import timm
+from timm.models import ConvNeXt, SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import pruning
+from . import pruning, spatial
 from .lvvit import LVViT
 from .spec import ModelError, ModelSpec, Preprocessing
 
 DeiT = partial(VisionTransformer, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+SPATIAL = (SwinTransformer, ConvNeXt)  # no location can leave these
 DEFAULT_CLASSES, DEFAULT_SIZE = 1000, 224  # of the papers' models
 
 
@@ -38,6 +40,7 @@ ARCHS = {
     "deit_base": Arch(DeiT, vit_sizes(768, 12, 12, 4.0), (3, 6, 9), "deit_base_patch16_224-b5f2ef4d.pth"),
     "lvvit_s": Arch(LVViT, vit_sizes(384, 16, 6, 3.0), (4, 8, 12), "lvvit_s-224-83.3.pth.tar"),
     "lvvit_m": Arch(LVViT, vit_sizes(512, 20, 8, 3.0), (5, 10, 15), "lvvit_m-56M-224-84.0.tar"),
+    **{name: Arch(*row) for name, row in spatial.SPATIAL_ARCHS.items()},
 }
 
 
@@ -93,10 +96,10 @@ def build_model(spec: ModelSpec, drop_path: float = 0.0) -> nn.Module:
         model, spec = build_by_timm_name(spec, drop_path)
     if not spec.dense:
         pruning_loc = default_pruning_loc(spec, model) if spec.pruning_loc is None else spec.pruning_loc
-        keep_rates = spec.keep_rates or geometric_keep_rates(spec.base_rate, len(pruning_loc))
-        spec = replace(spec, pruning_loc=tuple(pruning_loc), keep_rates=tuple(keep_rates))
         try:
-            model = make_dynamic(model, pruning_loc, keep_rates, spec.scorer, spec.reducer)
+            keep_rates = spec.keep_rates or default_keep_rates(model, spec.base_rate, len(pruning_loc))
+            spec = replace(spec, pruning_loc=tuple(pruning_loc), keep_rates=tuple(keep_rates))
+            model = make_dynamic(model, pruning_loc, keep_rates, spec.scorer, spec.reducer, spec.merge_streams)
         except ModelError:
             raise
         except ValueError as error:
@@ -125,7 +128,7 @@ def build_known(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, ModelSpec
 
 def check_sizes(spec: ModelSpec, sizes: dict[str, Any]) -> None:
     """What timm would answer with an assertion."""
-    if "depth" not in sizes:
+    if "depth" not in sizes:  # a Swin or ConvNeXt
         return
     if sizes["embed_dim"] % sizes["num_heads"]:
         raise ModelError(f"embed_dim {sizes['embed_dim']} cannot be divided among {sizes['num_heads']} heads")
@@ -169,23 +172,38 @@ def make_dynamic(
     keep_rates: Sequence[float],
     scorer: str = "predictor",
     reducer: str = "drop",
+    merge_streams: bool = False,
 ) -> nn.Module:
     """Makes a trained timm backbone dynamic, in place; its own weights and names stay.
 
+    backbone: a VisionTransformer or Eva (see pruning.make_dynamic), a SwinTransformer or ConvNeXt (see
+    spatial.make_spatial_dynamic: by predictors and fast paths alone; only these have merge_streams).
     pruning_loc: the blocks before which tokens are reduced. keep_rates: the share of the original
     patch tokens kept after each of these stages. Raises ValueError if anything does not fit.
     """
-    return pruning.make_dynamic(backbone, pruning_loc, keep_rates)
+    if isinstance(backbone, SPATIAL):
+        if (scorer, reducer) != ("predictor", "drop"):
+            raise ValueError(f"a {type(backbone).__name__} has predictors and fast paths; no {scorer} + {reducer}")
+        return spatial.make_spatial_dynamic(backbone, pruning_loc, keep_rates, merge_streams)
+    return pruning.make_dynamic(backbone, pruning_loc, keep_rates, scorer, reducer)
 
 
 def default_pruning_loc(spec: ModelSpec, backbone: nn.Module) -> tuple[int, ...]:
-    """The paper's own, or as in the paper: before each quarter of the blocks but the first."""
-    if spec.arch in ARCHS:
+    """The paper's, or by its rules: before each quarter of the blocks but the first; in a Swin or ConvNeXt
+    three times early in the third stage."""
+    if spec.arch in ARCHS and not {"depth", "depths"} & set(spec.sizes):
         return ARCHS[spec.arch].pruning_loc
-    if not hasattr(backbone, "blocks"):
-        raise ModelError(f"token pruning is not made for a {type(backbone).__name__}")
-    depth = len(backbone.blocks)
+    if isinstance(backbone, SPATIAL):
+        step = max(1, len(spatial.third_stage(backbone)) // 9)
+        return (step, 2 * step, 3 * step)
+    depth = len(getattr(backbone, "blocks", ()))
     return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
+
+
+def default_keep_rates(backbone: nn.Module, base_rate: float, num_stages: int) -> tuple[float, ...]:
+    """As published for the backbone's family."""
+    rates = spatial.arithmetic_keep_rates if isinstance(backbone, SPATIAL) else geometric_keep_rates
+    return rates(base_rate, num_stages)
 
 
 def geometric_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:

@@ -5,6 +5,8 @@ from functools import partial
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
+from .vit import ViTAdapter
+
 
 class ConvStem(nn.Module):
     """Patch embedding by three convolutions and a projection: (B, 3, H, W) -> (B, N, C)."""
@@ -52,14 +54,37 @@ class LVViT(VisionTransformer):
         super().__init__(embed_layer=ConvStem, qkv_bias=False, norm_layer=partial(nn.LayerNorm, eps=1e-5), **kwargs)
         for block in self.blocks:
             block.ls1, block.ls2 = Scale(0.5), Scale(0.5)
-        self.aux_head = nn.Linear(self.embed_dim, self.num_classes)
-        init_weights_vit_timm(self.aux_head)
+        self.aux_head = self.build_aux_head()
+
+    def build_aux_head(self) -> nn.Module:
+        if self.num_classes == 0:  # embeddings are wanted, those of the class token
+            return nn.Identity()
+        aux_head = nn.Linear(self.embed_dim, self.num_classes, device=self.pos_embed.device, dtype=self.pos_embed.dtype)
+        init_weights_vit_timm(aux_head)
+        return aux_head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.aux_head = self.build_aux_head()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, 1+N, C) normed tokens -> (B, classes); both heads together, as published."""
-        if pre_logits:
+        if pre_logits or self.num_classes == 0:
             return super().forward_head(x, pre_logits=True)
         return combine_heads(self.head(x[:, 0]), self.aux_head(x[:, 1:]))
+
+
+class LVViTAdapter(ViTAdapter):
+    """The auxiliary head's logits take the place of the patch features wherever outputs are compared."""
+
+    def outputs(self, vit: LVViT, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        return vit.head(x[:, 0]), vit.aux_head(x[:, 1:])
+
+    def tokens_are_logits(self, vit: LVViT) -> bool:
+        return vit.num_classes > 0
+
+    def combine(self, vit: LVViT, logits: Tensor, tokens: Tensor) -> Tensor:
+        return combine_heads(logits, tokens) if vit.num_classes > 0 else logits
 
 
 def combine_heads(logits: Tensor, token_logits: Tensor) -> Tensor:

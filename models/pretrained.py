@@ -7,19 +7,24 @@ import argparse
 import pickle
 from pathlib import Path
 
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from timm.models import ConvNeXt, SwinTransformer
+from torch import Tensor, nn
 
-from .spec import ModelError
+from .factory import ARCHS
+from .spatial import map_published
+from .spec import ModelError, ModelSpec
 
 StateDict = dict[str, Tensor]
 
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 WEIGHT_KEYS = ("model", "state_dict")  # ours and DeiT's, timm's; else the file is a bare state dict
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-HEAD_NAMES = ("head.weight", "head.bias", "aux_head.weight", "aux_head.bias")
+HEADS = ("head", "aux_head", "head_dist", "head.fc")  # of all families
+NEW = ("score_predictor", "fast_path", "fastmlp")  # in the names of what a dynamic model adds to its backbone
 
 
 class CheckpointError(ModelError):
@@ -62,13 +67,55 @@ def find_weights(content: dict) -> StateDict:
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 
-def load_weights(model: VisionTransformer, weights: StateDict, new_head: bool = False) -> list[str]:
+def read_dense_weights(spec: ModelSpec, file: str | None) -> tuple[StateDict, str]:
+    """Trained weights of a spec's dense backbone, and where they are from.
+
+    file: a checkpoint; None: the architecture's file in pretrained/ (see download_pretrain.sh), or for a timm
+    name what timm downloads. Raises CheckpointError if there are none.
+    """
+    if file:
+        return find_weights(read_checkpoint(file)), file
+    if spec.arch not in ARCHS:
+        return download_weights(spec.arch), f"timm's {spec.arch}"
+    name = ARCHS[spec.arch].weights
+    if name is None:
+        raise CheckpointError(
+            f"no weights are published for {spec.arch}: train it with --dense, then give --pretrained FILE"
+        )
+    path = PRETRAINED / name
+    if not path.is_file():
+        raise CheckpointError(
+            f"no dense weights {path}; get them: sh download_pretrain.sh {spec.arch} (or --pretrained FILE)"
+        )
+    return find_weights(read_checkpoint(path)), str(path)
+
+
+def download_weights(arch: str) -> StateDict:
+    """timm's own weights, from its cache or the Hugging Face hub."""
+    try:
+        return timm.create_model(arch, pretrained=True).state_dict()
+    except RuntimeError as error:  # "no pretrained weights exist"
+        raise CheckpointError(f"{error}; give --pretrained FILE") from error
+    except Exception as error:  # no network, no such file, no space: every layer below has errors of its own
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"cannot get timm's weights of {arch} ({reason}); give --pretrained FILE") from error
+
+
+def num_classes_of(weights: StateDict) -> int | None:
+    """That the classifier in a state dict knows; None where there is none."""
+    sizes = [len(weights[f"{head}.weight"]) for head in ("head", "head.fc") if f"{head}.weight" in weights]
+    return sizes[0] if sizes else None
+
+
+def load_weights(model: nn.Module, weights: StateDict, new_head: bool = False) -> list[str]:
     """Loads weights into a model and returns notes for the user on what was adapted.
 
     Position embeddings are interpolated to the model's grid. Predictors may be missing (a dense
     file starts a dynamic model). new_head: a head of another number of classes is left out and
     starts anew. Raises CheckpointError that names everything else that does not fit.
     """
+    if isinstance(model, (SwinTransformer, ConvNeXt)):
+        weights = map_published(weights, model)
     weights = dict(weights)
     target = model.state_dict()
     notes = []
@@ -76,14 +123,16 @@ def load_weights(model: VisionTransformer, weights: StateDict, new_head: bool = 
         notes.append(f"position embeddings interpolated to {model.patch_embed.grid_size} patches")
     dropped = []
     if new_head:
-        dropped = [n for n in HEAD_NAMES if n in weights and n in target and weights[n].shape != target[n].shape]
+        heads = [f"{head}.{part}" for head in HEADS for part in ("weight", "bias")]
+        dropped = [n for n in heads if n in weights and n in target and weights[n].shape != target[n].shape]
         for name in dropped:
             del weights[name]
         if dropped:
             notes.append(f"new head for {model.num_classes} classes ({', '.join(dropped)})")
     new = [name for name in target if name not in weights]
-    fresh_predictors = all(name in new for name in target if name.startswith("score_predictor."))
-    missing = [n for n in new if n not in dropped and not (fresh_predictors and n.startswith("score_predictor."))]
+    added = [name for name in target if any(part in name for part in NEW)]
+    untrained = bool(added) and all(name in new for name in added)
+    missing = [n for n in new if n not in dropped and not (untrained and n in added)]
     unexpected = [name for name in weights if name not in target]
     misfits = [
         f"{name} {tuple(weights[name].shape)} for {tuple(target[name].shape)}"
@@ -100,20 +149,22 @@ def load_weights(model: VisionTransformer, weights: StateDict, new_head: bool = 
             f"the weights do not fit the model (another --arch, size, or --dense?); {'; '.join(problems)}"
         )
     model.load_state_dict(weights, strict=False)
-    if fresh_predictors and any(name.startswith("score_predictor.") for name in new):
+    if untrained:
         notes.append("the predictors are untrained: the weights are a dense model's")
     return notes
 
 
-def _resize_pos_embed(model: VisionTransformer, weights: StateDict) -> bool:
+def _resize_pos_embed(model: nn.Module, weights: StateDict) -> bool:
     """Interpolates weights["pos_embed"] to the model's grid, if it has another one."""
     source = weights.get("pos_embed")
-    if source is None or source.ndim != 3 or source.shape[1] == model.pos_embed.shape[1]:
+    target = getattr(model, "pos_embed", None)
+    if source is None or target is None or source.ndim != 3 or source.shape[1] == target.shape[1]:
         return False
-    side = (source.shape[1] - model.num_prefix_tokens) ** 0.5
-    if source.shape[2] != model.pos_embed.shape[2] or side != int(side):
+    num_prefix = target.shape[1] - model.patch_embed.num_patches  # prefix tokens need not have a position
+    side = (source.shape[1] - num_prefix) ** 0.5
+    if source.shape[2] != target.shape[2] or side != int(side):
         return False
     weights["pos_embed"] = resample_abs_pos_embed(
-        source, new_size=model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens
+        source, new_size=model.patch_embed.grid_size, num_prefix_tokens=num_prefix
     )
     return True

@@ -84,9 +84,9 @@ def random_decisions(num_patches: int, count: int = 2) -> list[Tensor]:
 def forward_removed(model: VisionTransformer, image: Tensor, decisions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The forward pass of one image with dropped tokens really taken out, decisions being (N,).
 
-    Returns (1, classes) logits and the tokens that are left, as pruning.split_outputs gives them.
+    Returns (1, classes) logits and the tokens that are left, as the adapter gives them.
     """
-    x = model.embed(image[None])
+    x = model.adapter.embed(model, image[None]).x
     num_prefix = model.num_prefix_tokens
     left = torch.arange(x.shape[1] - num_prefix)
     stages = dict(zip(model.pruning_loc, decisions, strict=True))
@@ -96,7 +96,7 @@ def forward_removed(model: VisionTransformer, image: Tensor, decisions: Sequence
             left = left[keep]
             x = torch.cat([x[:, :num_prefix], x[:, num_prefix:][:, keep]], dim=1)
         x = block(x)
-    return pruning.split_outputs(model, model.norm(x))
+    return model.adapter.outputs(model, model.norm(x), None)
 
 
 # --- Selection in the evaluation forward
@@ -254,7 +254,7 @@ def test_predictors_score_as_if_dropped_tokens_were_removed(monkeypatch: pytest.
     log_probs = decide(monkeypatch, decisions)
     with torch.no_grad():
         model.forward_masked(random_images())
-        x = model.embed(random_images()[:1])
+        x = model.adapter.embed(model, random_images()[:1]).x
         left = torch.arange(16)
         for stage, block in enumerate(model.blocks[:3]):  # stage s comes before block s + 1
             x = block(x)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from optim import BACKBONE, PREDICTOR, dense_rates, dynamic_rates, param_groups, set_rates
 from torch import Tensor, nn
 
 import main_dynamic_vit as main
 import utils
 from engine import Trainer, accumulate_gradients, unwrap, update_weights
 from models import Teacher, create_model
-from optim import BACKBONE, PREDICTOR, dense_rates, dynamic_rates, param_groups, set_rates
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
 KINDS = ("deit_small", "lvvit_s")

@@ -1,0 +1,63 @@
+"""Errors that users can mend: one line, what is wrong and what to do, and exit status 2."""
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from models import ModelError
+from signals import Stopped, end_loader_processes, ignore_stop_signals
+from utils import LaunchError, is_main_process, log
+
+
+class UserError(Exception):
+    """Something that the user can mend; shown as one line, without a traceback."""
+
+
+class LocalError(UserError):
+    """One that only the process that met it knows of."""
+
+
+class ImageError(LocalError):
+    """An image that cannot be read."""
+
+
+def exit_status(command: Callable[[], None]) -> int:
+    """Runs it, with what users can mend said in one line. Returns the program's exit status."""
+    try:
+        command()
+        return 0
+    except Stopped as stopped:
+        ignore_stop_signals()
+        log(str(stopped))
+        return 0
+    except (UserError, ModelError, LaunchError, OSError) as error:
+        print_error(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+    except torch.OutOfMemoryError:
+        print_error(
+            LocalError("the GPU's memory is too small; lower --batch-size (in training, raise --update-freq as much)")
+        )
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            reason = f"a loader process died, most likely because memory ran out ({error}); lower --num-workers"
+        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            reason = "another process is gone; its own message says why"
+        else:
+            raise
+        print_error(LocalError(reason))
+    finally:
+        end_loader_processes()
+    return 2
+
+
+def print_error(error: Exception) -> None:
+    """One line on stderr; from one process only, where all of them met the same error."""
+    if not is_main_process() and not isinstance(error, LocalError):
+        time.sleep(5)  # if rank 0 met the same, the launcher now ends this process
+    # a loader process's error comes with its traceback before it
+    message = str(error).splitlines()[-1].removeprefix("errors.ImageError: ")
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,291 @@
+"""Dynamic spatial sparsification (arXiv 2207.01580), for any timm SwinTransformer or ConvNeXt.
+
+These backbones mix locations by windows or convolutions, which need the whole map, so no location can leave
+the tensor. Instead, each block of the third stage sends the kept locations through its MLP and the others
+through a *fast path* that costs an eighth of it. Every predictor decides anew about all locations.
+
+Shapes: B images; the third stage's map has H x W = N locations, numbered row by row, and C channels; the
+last stage's has L and C4. S predictors. Maps are (B, H, W, C) here.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerScale
+from timm.models import ConvNeXt, SwinTransformer, convnext, swin_transformer
+from timm.models.vision_transformer import init_weights_vit_timm
+from torch import Tensor, nn
+
+from .pruning import TokenPruning, check_keep_rates, sample_keep_decision
+from .scorers import Predictor
+
+Backbone = SwinTransformer | ConvNeXt
+STAGE = 2  # the third one, which has most of the arithmetic
+RATE_STEP = 0.2
+FRESH_SCALE = 1e-6  # of ConvNeXt's fast path, as of its other branches
+
+Swin = partial(SwinTransformer, drop_path_rate=0.0)  # timm's own default is 0.1
+
+
+def build_convnext(embed_dim: int, depths: Sequence[int], img_size: object = None, **options: float) -> ConvNeXt:
+    """timm's ConvNeXt by the names of Swin's sizes. It takes images of any size, whatever img_size says."""
+    return ConvNeXt(depths=depths, dims=[embed_dim * 2**i for i in range(len(depths))], **options)
+
+
+def sizes(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...] = ()) -> dict[str, object]:
+    attention = {"num_heads": num_heads, "window_size": 7} if num_heads else {}
+    return {"embed_dim": embed_dim, "depths": depths, **attention}
+
+
+# The paper's models: constructor, sizes, the blocks of the third stage with a predictor before them, dense weights.
+SPATIAL_ARCHS = {
+    "swin_t": (Swin, sizes(96, (2, 2, 6, 2), (3, 6, 12, 24)), (1, 2, 3), "swin_tiny_patch4_window7_224.pth"),
+    "swin_s": (Swin, sizes(96, (2, 2, 18, 2), (3, 6, 12, 24)), (2, 4, 6), "swin_small_patch4_window7_224.pth"),
+    "swin_b": (Swin, sizes(128, (2, 2, 18, 2), (4, 8, 16, 32)), (2, 4, 6), "swin_base_patch4_window7_224.pth"),
+    "convnext_t": (build_convnext, sizes(96, (3, 3, 9, 3)), (1, 2, 3), "convnext_tiny_1k_224_ema.pth"),
+    "convnext_s": (build_convnext, sizes(96, (3, 3, 27, 3)), (3, 6, 9), "convnext_small_1k_224_ema.pth"),
+    "convnext_b": (build_convnext, sizes(128, (3, 3, 27, 3)), (3, 6, 9), "convnext_base_1k_224_ema.pth"),
+}
+
+
+def arithmetic_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:
+    """base_rate, base_rate - 0.2, base_rate - 0.4, ... as published; ValueError where that leaves (0, 1]."""
+    least = RATE_STEP * (num_stages - 1)
+    if not least < base_rate <= 1:
+        raise ValueError(f"the base rate must lie in ({least:.3g}, 1] for {num_stages} predictors, got {base_rate}")
+    return tuple(base_rate - RATE_STEP * stage for stage in range(num_stages))
+
+
+def route(order: Tensor, num_keep: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N) locations, best first -> (B, 1, K) kept and (B, 1, N - K) dropped ones, and the (B, H, W) way back.
+
+    They count the rows of all images together; back says where each is when kept and dropped stand in one list.
+    """
+    batch, num_locations = order.shape
+    rows = (order + num_locations * torch.arange(batch, device=order.device)[:, None])[:, None]
+    kept, dropped = rows[..., :num_keep], rows[..., num_keep:]
+    return kept, dropped, torch.cat([kept.flatten(), dropped.flatten()]).argsort().view(batch, *grid)
+
+
+def select(chosen: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+    """chosen where the mask is 1, other where it is 0; arithmetic, so that the mask gets a gradient."""
+    return (chosen * mask + other * (1 - mask)).to(chosen.dtype)
+
+
+class DynamicBlock:
+    """Mixin for a timm block: each location goes through its MLP (slow) or through a fast path.
+
+    A family of backbones defines mix, which lets locations see each other, and slow. mix_is_residual: their
+    result is added to that of mix, else to the block's input.
+    """
+
+    def forward_routed(self, x: Tensor, kept: Tensor, dropped: Tensor, back: Tensor) -> Tensor:
+        """Evaluation: each location of the (B, H, W, C) map goes one way; see route."""
+        mixed = self.mix(x)
+        rows = mixed.flatten(0, 2)
+        # F.embedding looks up whole rows. Back by look-up too: scattering would have to know autocast's dtype.
+        slow, fast = self.slow(F.embedding(kept, rows)), self.fast_path(F.embedding(dropped, rows))
+        out = F.embedding(back, torch.cat([slow.flatten(0, 2), fast.flatten(0, 2)]))
+        return out + (mixed if self.mix_is_residual else x)
+
+    def forward_streams(self, kept: Tensor, dropped: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Training: two (B, H, W, C) maps, one as if every location were kept, one as if none were.
+
+        The (B, H, W, 1) mask tells which of them is true; the other is there to give the decision a gradient.
+        """
+        mixed = self.mix(select(kept, dropped, mask))
+        slow, fast = self.slow(select(mixed, kept, mask)), self.fast_path(select(dropped, mixed, mask))
+        if self.mix_is_residual:
+            kept = dropped = mixed
+        return kept + self.drop_path(slow), dropped + self.drop_path(fast)
+
+
+class DynamicSwinBlock(DynamicBlock, swin_transformer.SwinTransformerBlock):
+    mix_is_residual = True
+    drop_path = property(lambda self: self.drop_path2)
+
+    def mix(self, x: Tensor) -> Tensor:
+        return x + self.drop_path1(self._attn(self.norm1(x)))
+
+    def slow(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
+
+
+class DynamicConvNeXtBlock(DynamicBlock, convnext.ConvNeXtBlock):
+    mix_is_residual = False
+
+    def mix(self, x: Tensor) -> Tensor:
+        return self.conv_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def slow(self, x: Tensor) -> Tensor:
+        if self.use_conv_mlp:  # as in timm's smallest ones
+            x = self.mlp(self.norm(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        else:
+            x = self.mlp(self.norm(x))
+        return x if self.gamma is None else x * self.gamma
+
+
+class SpatialSparsification:
+    """Mixin that gives a Swin or a ConvNeXt its predictors and forward passes that use them."""
+
+    scorer, reducer = "predictor", "fast path"
+    tokens_are_logits = False
+    combine = staticmethod(lambda logits, tokens: logits)  # what labels are compared with
+    tokens_kept = TokenPruning.tokens_kept
+    output_fmt = "NCHW"  # of timm's stages; a Swin has its own attribute of this name
+
+    def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
+        """Share of all locations kept by each predictor; ValueError if they do not fit."""
+        check_keep_rates(sorted(keep_rates, reverse=True), len(self.pruning_loc))  # they may grow here
+        self.keep_rates = tuple(float(rate) for rate in keep_rates)
+
+    def forward(self, images: Tensor):
+        """(B, 3, H, W) images -> in training (logits, features, keep_mask, keep_decisions), else logits.
+
+        features: (B, L, C4), see split_outputs. keep_mask: (B, L) ones, as no location has left.
+        keep_decisions: S tensors (B, N), 1 for kept locations, with gradient.
+        """
+        return self.forward_masked(images) if self.training else self.forward_head(self.sparsify(images)[0])
+
+    def forward_pruned(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Evaluation: (B, classes) logits and, by predictor, the (B, K) locations kept, best score first."""
+        x, kept, _ = self.sparsify(images)
+        return self.forward_head(x), kept
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images -> the (B, H, W, C) map before the first predictor."""
+        stage, x = self.stages[STAGE], images
+        for part in (self.stem, *self.stages[:STAGE], stage.downsample, *stage.blocks[: self.pruning_loc[0]]):
+            x = part(x)
+        return x if self.output_fmt == "NHWC" else x.permute(0, 2, 3, 1)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The (B, H, W, C) map after the third stage -> what timm's forward_features gives."""
+        x = x if self.output_fmt == "NHWC" else x.permute(0, 3, 1, 2)
+        for part in (*self.stages[STAGE + 1 :], self.norm_pre):
+            x = part(x)
+        return x
+
+    def dynamic_blocks(self) -> list[tuple[Predictor | None, DynamicBlock]]:
+        """The third stage's blocks from the first predictor on, each with the predictor before it."""
+        predictors = dict(zip(self.pruning_loc, self.score_predictor, strict=True))
+        blocks = enumerate(self.stages[STAGE].blocks)
+        return [(predictors.get(i), block) for i, block in blocks if i >= self.pruning_loc[0]]
+
+    def forward_masked(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Training: every location goes both ways."""
+        kept = dropped = self.embed(images)
+        mask = torch.ones_like(kept[..., :1], dtype=torch.float32)
+        keep_decisions = []
+        for predictor, block in self.dynamic_blocks():
+            if predictor is not None:
+                x = select(kept, dropped, mask)
+                if self.merge_streams:
+                    kept = dropped = x
+                keep_decisions.append(sample_keep_decision(predictor(x.flatten(1, 2))))
+                mask = keep_decisions[-1].view(mask.shape)
+            kept, dropped = block.forward_streams(kept, dropped, mask)
+        logits, features = split_outputs(self, self.finish(select(kept, dropped, mask)))
+        return logits, features, features.new_ones(features.shape[:2]), keep_decisions
+
+    def trace(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Evaluation: as forward_pruned, and (B, S, H, W) log-probabilities of being kept."""
+        x = self.embed(images)
+        num_keep = self.tokens_kept(x.shape[1] * x.shape[2])
+        kept, scores = [], []
+        for predictor, block in self.dynamic_blocks():
+            if predictor is not None:
+                scores.append(predictor(x.flatten(1, 2))[..., 0])
+                order = scores[-1].argsort(dim=1, descending=True)
+                kept.append(order[:, : num_keep[len(kept)]])
+                routing = route(order, kept[-1].shape[1], x.shape[1:3])
+            x = block.forward_routed(x, *routing)
+        return self.forward_head(self.finish(x)), kept, torch.stack(scores, dim=1).unflatten(2, x.shape[1:3])
+
+
+class SwinSparsification(SpatialSparsification):
+    """timm's Swin has other names for what its ConvNeXt calls stem, stages and norm_pre."""
+
+    stem = property(lambda self: self.patch_embed)
+    stages = property(lambda self: self.layers)
+    norm_pre = property(lambda self: self.norm)
+
+
+def split_outputs(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
+    """timm's forward_features -> what student and teacher are compared on: logits and (B, L, C4) features.
+
+    Features are the last stage's map after the final LayerNorm.
+    """
+    logits = backbone.forward_head(x)
+    if isinstance(backbone, ConvNeXt):  # that norm is in its head, behind the pooling, or else in norm_pre
+        x = getattr(backbone.head, "norm", nn.Identity())(x).permute(0, 2, 3, 1)
+    return logits, x.flatten(1, 2)
+
+
+def third_stage(backbone: Backbone) -> nn.Sequential:
+    """Its blocks."""
+    stages = backbone.layers if isinstance(backbone, SwinTransformer) else backbone.stages
+    if len(stages) <= STAGE:
+        raise ValueError(f"spatial sparsification is for the third stage, and this model has {len(stages)}")
+    return stages[STAGE].blocks
+
+
+def default_pruning_loc(backbone: Backbone) -> tuple[int, ...]:
+    """Predictors a ninth of the third stage apart, as in all of the paper's models."""
+    depth = len(third_stage(backbone))
+    step = max(1, depth // 9)
+    return tuple(range(step, depth, step)[:3])
+
+
+def make_spatial_dynamic(
+    backbone: Backbone, pruning_loc: Sequence[int], keep_rates: Sequence[float], merge_streams: bool = False
+) -> Backbone:
+    """Turns a timm SwinTransformer or ConvNeXt dynamic, in place; its own weights and names stay.
+
+    pruning_loc: the third stage's blocks with a predictor before them. keep_rates: the share of all its
+    locations that each predictor keeps. merge_streams: when a predictor decides anew in training, locations
+    go on from their true values, as in evaluation. As published, a location that comes back goes on from
+    the kept stream's values, and the other way round. Raises ValueError if anything does not fit.
+    """
+    pruning_loc, blocks = tuple(pruning_loc), third_stage(backbone)
+    if (
+        not pruning_loc
+        or any(i not in range(len(blocks)) for i in pruning_loc)
+        or sorted(set(pruning_loc)) != [*pruning_loc]
+    ):
+        raise ValueError(
+            f"pruning_loc must be ascending blocks of the third stage, 0..{len(blocks) - 1}, got {pruning_loc}"
+        )
+    check_keep_rates(sorted(keep_rates, reverse=True), len(pruning_loc))
+    is_swin = isinstance(backbone, SwinTransformer)
+    mixin, norm = (SwinSparsification, blocks[0].norm2) if is_swin else (SpatialSparsification, blocks[0].norm)
+    backbone.__class__ = type(f"Dynamic{type(backbone).__name__}", (mixin, type(backbone)), {})
+    backbone.pruning_loc, backbone.merge_streams = pruning_loc, merge_streams
+    backbone.set_keep_rates(keep_rates)
+    dim, eps = len(norm.weight), norm.eps
+    for block in blocks[pruning_loc[0] :]:
+        block.__class__ = DynamicSwinBlock if is_swin else DynamicConvNeXtBlock
+        scale = () if is_swin else (LayerScale(dim, FRESH_SCALE),)
+        block.fast_path = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim), *scale)
+        block.fast_path.to(norm.weight).apply(init_weights_vit_timm)
+    backbone.score_predictor = nn.ModuleList(Predictor(dim, eps) for _ in pruning_loc)
+    backbone.score_predictor.to(norm.weight).apply(init_weights_vit_timm)
+    return backbone
+
+
+def map_published(weights: dict[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+    """Weights by the names of the authors', Microsoft's or Facebook's files -> by ours; ours stay as they are."""
+    family = swin_transformer if isinstance(model, SwinTransformer) else convnext
+    try:
+        weights = family.checkpoint_filter_fn(weights, model)
+    except (AttributeError, KeyError, RuntimeError):
+        return weights  # of another model: whoever loads them will say so by name
+    mapped = {}
+    for name, value in weights.items():
+        name = name.replace("layers.2.score_predictor.", "score_predictor.").replace("fastmlp.fc1.", "fast_path.")
+        # ConvNeXt's predictors were made of 1 x 1 convolutions
+        flat = value.flatten(1) if name.startswith("score_predictor.") and value.ndim == 4 else value
+        mapped[name.replace("fast_path_gamma", "fast_path.2.gamma")] = flat
+    return mapped

@@ -1,0 +1,264 @@
+"""A training run: the epoch loop around engine.py, and resuming, stopping, validating and saving it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from checkpoints import BEST, LAST, Place, Progress, RunState
+from clocks import Eta, SaveClock
+from datasets import BatchTransform, fingerprint
+from engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
+from errors import UserError
+from models import Teacher, load_weights
+from output import Output
+from recipe import Trainer
+from signals import Stopped, StopSignal
+from utils import get_world_size, is_main_process, log, max_over_processes, start_max_over_processes
+
+Record = dict[str, float]  # what log.txt says of an epoch
+# of the summary: heading and decimals
+COLUMNS = {
+    "top1": ("top-1 %", 2),
+    "top5": ("top-5 %", 2),
+    "agreement": ("agree %", 2),
+    "kl": ("KL", 4),
+    "cosine": ("cosine", 4),
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is told beside its recipe."""
+
+    place: Place
+    epochs: int
+    steps_per_epoch: int
+    step_images: int  # images that all processes together make a step from
+    save_freq: str
+    dist_eval: bool
+    compare_with_dense: bool  # validate by agreement with the dense model, for runs without labels
+    settings: dict[str, Any]  # the command's flags, kept in checkpoints and TensorBoard
+
+
+class Run:
+    """The epoch loop, and what it leaves in --output-dir."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        trainer: Trainer,
+        teacher: Teacher | None,
+        train_loader: DataLoader,
+        val_loader: DataLoader,
+        gflops: dict[str, float],
+        stop: StopSignal,
+        earlier: RunState | None = None,
+    ) -> None:
+        """gflops: by "dense" and "dynamic". earlier: the run to resume."""
+        self.options, self.trainer, self.gflops, self.stop = options, trainer, gflops, stop
+        self.model = unwrap(trainer.model)
+        self.dense = teacher.vit if teacher is not None else None
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.steps_per_epoch = options.steps_per_epoch
+        self.save_clock = SaveClock(options.save_freq)
+        self.sums = RunningMeans(trainer.device)
+        self.progress = Progress()
+        if earlier is not None:
+            self.sums, self.progress = restore(trainer, earlier), earlier.progress
+            finished = self.progress.epoch >= options.epochs
+            log(f"resumed at epoch {self.progress.epoch}, step {self.first_step}{', its end' if finished else ''}")
+        self.saved = bool(earlier and options.place.output_dir)
+        self.note_data(training=train_loader.dataset, validation=val_loader.dataset)
+        self.output = Output(options.place.output_dir, self.progress, val_loader.dataset)
+        self.agreed_to_stop: Callable[[], Tensor] = lambda: torch.zeros(2, dtype=torch.uint8)
+
+    @property
+    def first_step(self) -> int:
+        """Of the epoch, where an earlier run has begun it."""
+        return min(self.progress.images // self.options.step_images, self.steps_per_epoch)
+
+    def note_data(self, **data_sets: Any) -> None:
+        """Says what has changed since the checkpoint."""
+        if is_main_process():
+            now = {name: fingerprint(data_set.source) for name, data_set in data_sets.items()}
+            for name, before in self.progress.data.items():
+                if before != now[name]:
+                    log(f"warning: the {name} data has changed since the checkpoint ({before} -> {now[name]})")
+            self.progress.data = now
+
+    def to_the_end(self) -> Record:
+        """Trains, and returns the best epoch's record. Raises Stopped at a signal, with all saved."""
+        if self.dense is not None and self.progress.dense is None:
+            self.progress.dense = self.evaluate(self.dense)
+            report_accuracy("dense teacher", self.progress.dense)
+        eta = Eta((self.options.epochs - self.progress.epoch) * self.steps_per_epoch - self.first_step)
+        try:
+            while self.progress.epoch < self.options.epochs:
+                record, pace = self.train_epoch(eta)
+                record |= self.validate()
+                self.finish_epoch(record, pace)
+            best = max(self.progress.history, key=quality)
+            self.output.write_summary(self.options.settings, self.gflops, best)
+            return best
+        except Diverged as error:
+            last = Path(self.options.place.output_dir) / LAST
+            advice = f"resume from {last} or {BEST} (--resume, another --output-dir)" if self.saved else "start again"
+            raise UserError(f"{error}; {advice} with --clip-grad 1, a lower --lr or another --seed") from error
+        finally:
+            self.output.close()
+
+    def train_epoch(self, eta: Eta) -> tuple[Record, float]:
+        """Returns what log.txt says of the epoch's training, and the pace in images/s."""
+        epoch, steps = self.progress.epoch, range(self.first_step, self.steps_per_epoch)
+        step_images = self.train_loader.batch_size * self.trainer.update_freq
+        self.train_loader.sampler.set_epoch(epoch, start=steps.start * step_images)
+        stats, pace = train_one_epoch(self.trainer, self.train_loader, epoch, steps, eta, self.sums, self.after_step)
+        rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizer.param_groups}
+        return {"epoch": epoch} | rates | {f"train/{name}": value for name, value in stats.items()}, pace
+
+    def after_step(self, done: int) -> None:
+        """Saves and stops where that is asked for. Processes agree on it while the next step runs, so
+        that none waits for the others."""
+        self.progress.images = done * self.options.step_images
+        is_last = done == self.steps_per_epoch
+        stopping, saving = self.agreed_to_stop().tolist()
+        asked = torch.tensor([self.stop.received, self.save_clock.is_due(done)], dtype=torch.uint8)
+        self.agreed_to_stop = start_max_over_processes(asked)
+        if is_last:
+            stopping = self.agreed_to_stop()[0].item() or stopping
+        if stopping or saving or is_last:
+            self.save()
+        if stopping:
+            self.raise_stopped(f"saved at epoch {self.progress.epoch}, step {done}")
+
+    def raise_stopped(self, where: str) -> None:
+        if self.options.place.output_dir:
+            outcome = f"{where}; the same command resumes there"
+        else:
+            outcome = "without --output-dir nothing is saved"
+        raise Stopped(f"{self.stop.name or 'a signal'} received: {outcome}")
+
+    def validate(self) -> Record:
+        """Returns what log.txt says of it, for the weights and for their moving average."""
+        record = {}
+        for name, weights in (("val", self.model), ("val_ema", self.trainer.ema and self.trainer.ema.module)):
+            if weights is not None:
+                stats = self.evaluate(weights, self.dense if self.options.compare_with_dense else None)
+                report_accuracy(f"epoch {self.progress.epoch} {name}", stats)
+                record |= {f"{name}/{key}": value for key, value in stats.items()}
+        return record
+
+    def evaluate(self, model: nn.Module, dense: nn.Module | None = None) -> Record:
+        device, preprocessing = self.trainer.device, self.model.spec.preprocessing
+        transform = BatchTransform(device, preprocessing.mean, preprocessing.std)
+        batches = self.until_stopped(self.val_loader)
+        return evaluate(model, batches, transform, device, self.trainer.amp_dtype, self.options.dist_eval, dense)
+
+    def until_stopped(self, batches: DataLoader) -> Iterator:
+        """The batches; ends the run at one that all processes agree on, where one of them has got a signal."""
+        shortest = -max_over_processes(torch.tensor(-len(batches))).item()  # shards differ by an image
+        for number, batch in enumerate(batches):
+            if number < shortest and max_over_processes(torch.tensor(int(self.stop.received))):
+                self.output.close()
+                self.raise_stopped(f"saved before the validation of epoch {self.progress.epoch}")
+            yield batch
+
+    def finish_epoch(self, record: Record, pace: float) -> None:
+        is_best = all(quality(record) > quality(earlier) for earlier in self.progress.history)
+        self.progress.history.append(record)
+        self.progress.epoch, self.progress.images = self.progress.epoch + 1, 0
+        self.sums = RunningMeans(self.trainer.device)
+        self.save((BEST, LAST) if is_best else (LAST,))
+        self.output.write_epoch(self.progress.history, pace, self.model)
+
+    def save(self, names: tuple[str, ...] = (LAST,)) -> None:
+        known = set(self.progress.bad_images)
+        for data_set in (self.train_loader.dataset, self.val_loader.dataset):
+            known.update(data_set.bad_images())
+        self.progress.bad_images = sorted(known)
+        self.output.save(run_state(self.trainer, self.sums, self.progress, self.options.settings), names)
+        self.save_clock.restart()
+        self.saved = bool(self.options.place.output_dir)
+
+
+def quality(record: Record) -> float:
+    """The best epoch has the largest: top-1, or without labels the likeness to the dense model."""
+    if "val/kl" in record:
+        return -record["val/kl"]
+    return record["val/cosine"] if "val/cosine" in record else record["val/top1"]
+
+
+def run_state(trainer: Trainer, sums: RunningMeans, progress: Progress, settings: dict[str, Any]) -> RunState:
+    """A collective call: every process's sums are in it."""
+    model = unwrap(trainer.model)
+    return RunState(
+        model=model.state_dict(),
+        model_ema=trainer.ema.module.state_dict() if trainer.ema else None,
+        optimizer=trainer.optimizer.state_dict(),
+        scaler=trainer.scaler.state_dict(),
+        sums=sums.gather(),
+        amp=str(trainer.amp_dtype),
+        args=settings,
+        spec=model.spec,
+        progress=progress,
+    )
+
+
+def restore(trainer: Trainer, state: RunState) -> RunningMeans:
+    """Puts a run's state into the trainer; returns the sums of the epoch that it stopped in."""
+    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    try:
+        trainer.optimizer.load_state_dict(state.optimizer)
+    except ValueError as error:
+        raise UserError("the run to resume trained another kind of model; start from it with --pretrained") from error
+    for group, decay in zip(trainer.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay  # as asked for now; the learning rates are set anew at every step
+    load_weights(unwrap(trainer.model), state.model)
+    if trainer.ema is not None:
+        load_weights(trainer.ema.module, state.model_ema or state.model)
+    if state.amp == str(trainer.amp_dtype):  # another precision needs another scale
+        trainer.scaler.load_state_dict(state.scaler)
+    before, now = len(state.sums), get_world_size()
+    if before != now:
+        log(f"resumed with {now} process(es) instead of {before}: the global batch and the learning rate follow")
+    sums = RunningMeans(trainer.device)
+    sums.load(state.sums)
+    return sums
+
+
+def report_accuracy(what: str, stats: Record) -> None:
+    parts = []
+    if "top1" in stats:
+        parts.append(f"top-1 {stats['top1']:.2f} %, top-5 {stats['top5']:.2f} %, loss {stats['loss']:.4f}")
+    if "agreement" in stats:
+        parts.append(f"agreement with dense {stats['agreement']:.2f} %, KL {stats['kl']:.4f}")
+    if "cosine" in stats:
+        parts.append(f"cosine to dense {stats['cosine']:.4f}")
+    log(f"{what}: {', '.join(parts)} on {stats['images']} images")
+
+
+def print_summary(arch: str, kind: str, gflops: dict[str, float], dense: Record | None, best: Record) -> None:
+    """kind: "dense" or "dynamic". dense: the teacher's validation, where there was one."""
+    rows = [("dense", gflops["dense"], dense)] if dense else []
+    rows.append((f"{kind}, epoch {best['epoch']} (best)", gflops[kind], of_set(best, "val/")))
+    if any(name.startswith("val_ema/") for name in best):
+        rows.append((f"{kind}, moving average", gflops[kind], of_set(best, "val_ema/")))
+    columns = [name for name in COLUMNS if any(name in stats for _, _, stats in rows)]
+    log(f"\n{arch:<30}{'GFLOPs':>10}" + "".join(f"{COLUMNS[name][0]:>10}" for name in columns))
+    for label, cost, stats in rows:
+        cells = [f"{stats[name]:>10.{COLUMNS[name][1]}f}" if name in stats else f"{'':>10}" for name in columns]
+        log(f"{label:<30}{cost:>10.4g}" + "".join(cells))
+
+
+def of_set(record: Record, prefix: str) -> Record:
+    return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+
+
+def list_bad_images(paths: list[str]) -> None:
+    if paths:
+        log("\n".join([f"\nskipped {len(paths)} image(s) that cannot be read:", *paths]))
