@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import ImageError
+from errors import ImageError
 
 
 class ImageFiles(Dataset):
