@@ -243,7 +243,7 @@ def read_folder(
     if not labelled and (beside or not found):
         if found:
             log(
-                f"warning: images lie beside the folders in {folder}, so these are no classes, and no image has a label"
+                f"warning: images lie beside the folders in {folder}, which are then no classes: nothing has a label"
             )
         return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder)
     if not found:
