@@ -242,9 +242,7 @@ def read_folder(
     found = class_folders(folder)
     if not labelled and (beside or not found):
         if found:
-            log(
-                f"warning: images lie beside the folders in {folder}, which are then no classes: nothing has a label"
-            )
+            log(f"warning: images lie beside the folders in {folder}, which are then no classes: nothing has a label")
         return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder)
     if not found:
         raise UserError(f"no class folders in {folder}; images belong in {folder}/<class>/")
