@@ -148,18 +148,22 @@ def build_dataset(
     train: bool, options: DataOptions, transform: Transform, size: Size, labelled: bool = True
 ) -> AugmentedDataset:
     """The training or validation set; its `source.classes` names the classes in order. Parameters as build_source."""
-    source = build_source(train, options, size, labelled)
-    if len(source) == 0:
-        raise UserError(f"no images found for {'training' if train else 'validation'} in {options.data_path}")
-    return AugmentedDataset(source, transform, train, options.skip_bad_images)
+    return AugmentedDataset(build_source(train, options, size, labelled), transform, train, options.skip_bad_images)
 
 
 def build_source(train: bool, options: DataOptions, size: Size, labelled: bool = True) -> Dataset:
-    """(RGB image, label) pairs with `classes`, the names of the labels. Raises UserError if there is no such data.
+    """(RGB image, label) pairs with `classes`, the names of the labels. Raises UserError if there are no images.
 
     size: of the images that SHAPES draws. labelled: whether images need labels; if not, IMNET's train/ and val/
     may also hold images without class folders, which then have IGNORED_LABEL, and `classes` is empty.
     """
+    source = find_source(train, options, size, labelled)
+    if len(source) == 0:
+        raise UserError(f"no images found for {'training' if train else 'validation'} in {options.data_path}")
+    return source
+
+
+def find_source(train: bool, options: DataOptions, size: Size, labelled: bool) -> Dataset:
     if options.data_set == "SHAPES":
         return draw_shapes(train, size)
     if not options.data_path:
@@ -237,6 +241,8 @@ def read_folder(
     beside, _ = scan(folder)
     found = class_folders(folder)
     if not labelled and (beside or not found):
+        if found:
+            log(f"warning: images lie beside the folders in {folder}, which are then no classes: nothing has a label")
         return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder)
     if not found:
         raise UserError(f"no class folders in {folder}; images belong in {folder}/<class>/")
@@ -361,15 +367,15 @@ def build_train_loader(
     num_workers: int,
     pin_memory: bool,
     seed: int,
-    repeats: int = 1,
+    num_repeats: int = 1,
     update_freq: int = 1,
 ) -> tuple[DataLoader, int]:
     """This process's share of the training images, and the number of optimizer steps in an epoch.
 
-    batch_size: images for a forward pass, of which update_freq make a step. repeats: see TrainSampler.
+    batch_size: images for a forward pass, of which update_freq make a step. num_repeats: see TrainSampler.
     """
     check_num_workers(num_workers)
-    sampler = TrainSampler(train_set, get_rank(), get_world_size(), seed, repeats)
+    sampler = TrainSampler(train_set, get_rank(), get_world_size(), seed, num_repeats)
     steps = len(sampler) // (batch_size * update_freq)
     if steps == 0:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which images a process sees, and in what order."""
+"""Which training images a process sees, and in what order."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -12,7 +12,7 @@ from utils import derive_seed
 class TrainSampler(Sampler):
     """One process's share of an epoch, shuffled, as (index, seed of its augmentation).
 
-    Order and seeds depend on (seed, epoch, position) alone, so an epoch can begin anywhere in it.
+    Order and seeds depend on (seed, epoch, position) alone, so a resumed run can start in the middle of an epoch.
     num_repeats > 1 is DeiT's repeated augmentation: the same images in several processes or
     batches, each time augmented anew.
     """
@@ -30,7 +30,7 @@ class TrainSampler(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """start: how many of this process's images to leave out at the beginning of the epoch."""
+        """start: how many images at the beginning of this process's share to leave out."""
         self.epoch = epoch
         self.start = start
         self.order.set_epoch(derive_seed(self.seed, epoch))

@@ -37,9 +37,10 @@ from datasets import (
     seed_cpu,
     train_transform,
 )
+from errors import ImageError, UserError
 from image_files import ImageFiles, list_images, open_image
 from models.spec import Preprocessing
-from utils import ImageError, UserError, set_seed
+from utils import set_seed
 
 CPU = torch.device("cpu")
 IMAGENET = Preprocessing()
@@ -302,12 +303,13 @@ def test_images_without_class_folders(tmp_path: Path) -> None:
     assert val.source.classes == ["a"] and [label for _, label in val] == [0]
 
 
-def test_a_folder_of_photos(tmp_path: Path) -> None:
+def test_a_folder_of_photos(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Images beside the folders: these are albums, and no classes."""
     write_files(tmp_path, "0.jpg", "holidays/1.jpg", "holidays/2024/2.jpg")
     photos = read_folder(tmp_path, labelled=False)
     names = ["0.jpg", "holidays/1.jpg", "holidays/2024/2.jpg"]
     assert list(photos.samples()) == [(str(tmp_path / name), IGNORED_LABEL) for name in names]
+    assert "no classes" in capsys.readouterr().out
     (tmp_path / "0.jpg").unlink()
     photos = read_folder(tmp_path, labelled=False)
     assert photos.classes == ["holidays"] and list(photos.labels) == [0, 0]
@@ -317,7 +319,7 @@ def test_a_folder_of_photos(tmp_path: Path) -> None:
 def test_no_images(tmp_path: Path, labelled: bool) -> None:
     (tmp_path / "train" / "a").mkdir(parents=True)
     with pytest.raises(UserError, match="no images found for training"):
-        build(True, tmp_path, labelled=labelled)
+        build_source(True, DataOptions(data_path=str(tmp_path)), 32, labelled)
 
 
 @pytest.mark.parametrize(
@@ -625,7 +627,7 @@ def test_train_loader(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_loader_repeats_images() -> None:
-    loader, steps = build_train_loader(grey_images(60), 6, 0, False, seed=3, repeats=3)
+    loader, steps = build_train_loader(grey_images(60), 6, 0, False, seed=3, num_repeats=3)
     labels = torch.cat([labels for _, labels in loader])
     assert steps == 10 and len(labels) == 60 and len(labels.unique()) == 20
 
