@@ -48,7 +48,7 @@ def main(args: Namespace) -> None:
     weights = read_weights(args, spec, resumed=earlier is not None)
 
     data = options.data_options(args, base.num_classes if base and not args.dense else None)
-    labelled = args.cls_weight > 0 and not args.eval
+    labelled = args.cls_weight > 0
     names = ("validation",) if args.eval else ("training", "validation")
     sources = {name: build_source(name == "training", data, spec.img_size or 224, labelled) for name in names}
     trained = base.num_classes if earlier and base else None

@@ -6,20 +6,25 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
-from checkpoints import Place, spec_of
+from torch import nn
+
+from checkpoints import BEST, LAST, Place, spec_of
 from clocks import SaveClock
 from datasets import DATA_SETS, Augmentation, DataOptions
 from errors import UserError
-from models import ARCHS, REDUCERS, SCORERS, ModelSpec
+from models import ARCHS, REDUCERS, SCORERS, ModelSpec, build_model, find_weights, load_weights, read_checkpoint
+from models.pretrained import num_classes_of
 from models.spec import SIZES
 from recipe import AMP_DTYPES, RECIPES, Recipe
 from run import RunOptions
-from utils import log
+from utils import log, set_seed
 
 Number = int | float
 T = TypeVar("T")
+RUNS = Path("logs")  # where tools look for the newest run
 
 # Ranges of numbers: what a message calls it, and the test. Neither infinity nor not-a-number is in any.
 POSITIVE = ("positive", lambda x: x > 0)
@@ -117,9 +122,17 @@ def by_recipe(name: str, text: str = "") -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="main_dynamic_vit.py", description="Trains and evaluates DynamicViT models.")
-    add = parser.add_argument
-    flag = argparse.BooleanOptionalAction
+    add_model_flags(parser)
+    add_data_flags(parser)
+    add_run_flags(parser)
+    add_recipe_flags(parser)
+    add_augmentation_flags(parser)
+    return parser
 
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What the model is, and which weights it starts from."""
+    add = parser.add_argument
     add("--arch", help=f"{', '.join(ARCHS)}, or a timm name (default: the checkpoint's, else deit_small)")
     add("--dense", action="store_true", help="the plain backbone, without pruning: a teacher for your own data")
     add(
@@ -149,6 +162,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--window-size", type=number(int, POSITIVE), help="Swin (default: the arch's)")
     add("--pretrained", help="dense weights to start from (default: the arch's file in pretrained/, or timm's)")
 
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Which images, and how they are read."""
+    add = parser.add_argument
     add(
         "--data-set",
         default="IMNET",
@@ -174,6 +191,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--dist-eval", action="store_true", help="share the validation images out among the processes")
 
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Where and how the command runs."""
+    add = parser.add_argument
     add("--output-dir", default="", help="where checkpoints, log.txt and TensorBoard events go (default: nowhere)")
     add("--resume", default="auto", help="a checkpoint; 'auto': the run in --output-dir, if it is this one; 'none'")
     add("--eval", action="store_true", help="evaluate only")
@@ -182,6 +203,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--print-freq", type=number(int, POSITIVE), default=50, help="steps between progress lines")
     add("--save-freq", default="0", help="steps (500) or minutes (15m) between checkpoints; 0: ends of epochs only")
 
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """How the model learns."""
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--recipe", choices=RECIPES, help="defaults of what follows (default: the paper's that the model is from)")
     add("--epochs", type=number(int, POSITIVE), help=by_recipe("epochs"))
     add("--batch-size", type=number(int, POSITIVE), default=64, help="images for each process and forward pass")
@@ -230,6 +255,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--token-weight", type=number(float, NOT_NEGATIVE), help="of the tokens' (default: as --distill-weight)")
     add("--smoothing", type=number(float, BELOW_ONE), default=0.1, help="label smoothing")
 
+
+def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    """How training images are varied."""
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--color-jitter", type=number(float, NOT_NEGATIVE), help=by_recipe("color_jitter", "where --aa is none"))
     add("--aa", help=by_recipe("aa", "timm's auto-augment policy, or none"))
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
@@ -251,7 +280,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixup-prob", type=number(float, SHARE), default=1.0, help="of mixup or cutmix")
     add("--mixup-switch-prob", type=number(float, SHARE), default=0.5, help="of cutmix where both are on")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
-    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -291,7 +319,7 @@ def model_spec(args: argparse.Namespace, base: ModelSpec | None, resumed: bool) 
     spec = with_flags(args, base or ModelSpec(), dense)
     if resumed and base is not None:
         for difference in base.differences(spec):
-            log(f"not as in the checkpoint: {difference}")
+            log(f"other than in the checkpoint: {difference}")
     return spec
 
 
@@ -319,6 +347,46 @@ def one_or_tuple(value: Any) -> Any:
     if isinstance(value, list):
         return value[0] if len(value) == 1 else tuple(value)
     return value
+
+
+def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool]:
+    """A model in eval mode, as its checkpoint says but for what the flags say, and whether what it has beside its
+    dense backbone is trained. For tools: args has the flags of add_model_flags and --resume (a checkpoint, a run's
+    folder or a saved model's; None: the newest run under logs/). Raises UserError."""
+    path = args.pretrained or locate_checkpoint(args.resume)
+    content = read_checkpoint(path)
+    base, weights = spec_of(content), find_weights(content)
+    if base is None and args.arch is None:
+        raise UserError(f"{path} does not tell its architecture; add --arch")
+    base = base or ModelSpec(args.arch, num_classes=num_classes_of(weights))
+    if args.resume and base.dense:
+        raise UserError(f"{path} is of a dense run; give a dynamic one with --resume (or --pretrained {path})")
+    set_seed(0)  # untrained predictors that choose the same tokens tomorrow
+    model = build_model(with_flags(args, base, args.dense))
+    notes = load_weights(model, weights)
+    for note in notes:
+        log(note)
+    log(f"{path}: {model.spec.arch}, {model.spec.num_classes} classes")
+    trained = not any("untrained" in note for note in notes)
+    return model.eval(), trained
+
+
+def locate_checkpoint(resume: str | None) -> Path:
+    """The file that --resume means: a file, a run's folder, or None for the newest run under logs/."""
+    folder = Path(resume) if resume else newest_run()
+    if not folder.is_dir():
+        return folder
+    for name in (BEST, LAST):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"no {BEST} or {LAST} in {folder}")
+
+
+def newest_run() -> Path:
+    runs = [path for name in (BEST, LAST) for path in RUNS.rglob(name)]
+    if not runs:
+        raise UserError(f"no trained run under {RUNS}/; give --resume RUN_OR_CHECKPOINT, or --arch and --pretrained")
+    return max(runs, key=lambda path: path.stat().st_mtime).parent
 
 
 def changes(args: argparse.Namespace, content: dict[str, Any]) -> list[str]:

@@ -99,11 +99,11 @@ class ModelSpec:
             raise ModelError(f"a model's description cannot be read ({error})") from error
 
     def differences(self, other: "ModelSpec") -> list[str]:
-        """What the other one has otherwise, as "name ours -> theirs"."""
+        """What the other one has otherwise, as "name ours -> theirs"; what it leaves open is not among them."""
         return [
             f"{f.name} {getattr(self, f.name)} -> {getattr(other, f.name)}"
             for f in fields(self)
-            if getattr(self, f.name) != getattr(other, f.name)
+            if getattr(other, f.name) is not None and getattr(self, f.name) != getattr(other, f.name)
         ]
 
     def as_dense(self) -> "ModelSpec":
