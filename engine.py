@@ -134,19 +134,16 @@ def evaluate(
     """
     broadcast_buffers(model)
     model.eval()
-    sums: dict[str, Tensor] = {}
+    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     for images, labels in loader:
         labels, images = labels.to(device, non_blocking=True), batch_transform(images)
         with autocast(device, amp_dtype):
             logits = model(images).float()
             dense_logits = None if dense is None else dense(images).float()
-        for name, value in batch_sums(logits, labels, dense_logits).items():
-            sums[name] = sums.get(name, 0) + value.double()
-    if not sums:
-        raise UserError("there is no image to validate on")
-    totals = torch.stack([*sums.values()])
-    stats = dict(zip(sums, (sum_over_processes(totals) if sharded else totals).tolist(), strict=True))
-    return means_over_images(stats, with_dense=dense is not None, embeddings=model.num_classes == 0)
+        totals += batch_sums(logits, labels, dense_logits)
+    sums = dict(zip(SUMS, (sum_over_processes(totals) if sharded else totals).tolist(), strict=True))
+    embeddings = dense is not None and dense.num_classes == 0
+    return means_over_images(sums, with_dense=dense is not None, embeddings=embeddings)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -156,23 +153,27 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def batch_sums(logits: Tensor, labels: Tensor, dense_logits: Tensor | None) -> dict[str, Tensor]:
-    """Sums over a batch, by name, of what evaluate gives the means of."""
+SUMS = ("loss", "top1", "top5", "labelled", "images", "agreement", "kl", "cosine")
+
+
+def batch_sums(logits: Tensor, labels: Tensor, dense_logits: Tensor | None) -> Tensor:
+    """Sums over a batch, in SUMS' order, of what evaluate gives the means of."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     labelled = (labels >= 0) & (labels < logits.shape[1])
     loss = F.cross_entropy(logits, labels.where(labelled, IGNORED_LABEL), reduction="sum")
-    sums = {"loss": loss, "top1": hits[:, 0].sum(), "top5": hits.sum(), "labelled": labelled.sum()}
-    sums["images"] = torch.full_like(loss, len(labels))
-    if dense_logits is not None:
-        sums["agreement"] = (logits.argmax(dim=1) == dense_logits.argmax(dim=1)).sum()
-        sums["kl"] = kl_divergence(logits, dense_logits).sum()
-        sums["cosine"] = (1 - cosine_distance(logits, dense_logits)).sum()
-    return sums
+    sums = [loss, hits[:, 0].sum(), hits.sum(), labelled.sum(), torch.full_like(loss, len(labels))]
+    if dense_logits is None:
+        sums += [torch.zeros_like(loss)] * 3
+    else:
+        agreement = (logits.argmax(dim=1) == dense_logits.argmax(dim=1)).sum()
+        cosine = 1 - cosine_distance(logits, dense_logits)
+        sums += [agreement, kl_divergence(logits, dense_logits).sum(), cosine.sum()]
+    return torch.stack([value.double() for value in sums])
 
 
 def means_over_images(sums: dict[str, float], with_dense: bool, embeddings: bool) -> dict[str, float]:
     labelled, images = sums["labelled"], sums["images"]
-    if labelled == 0 and not with_dense:
+    if images == 0 or (labelled == 0 and not with_dense):
         raise UserError("there is no image to validate on")
     stats = {}
     if labelled > 0 and not embeddings:

@@ -94,7 +94,7 @@ class DistillDiffPruningLoss(DiffPruningLoss):
     teacher: a module that returns (logits, tokens) for images; see models.Teacher.
     mse_token: compare tokens by mean squared error (DeiT: features), else by KL divergence
     (LV-ViT: auxiliary logits).
-    token_weight: of the tokens' loss, 0 for none; as distill_weight where it is not given.
+    distill_weight: of both together. token_weight: of the tokens beside the logits, 0 for none.
     embeddings: the model has no classifier, and what it gives is compared by cosine, not by KL divergence.
     """
 
@@ -107,14 +107,14 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         distill_weight: float = 0.5,
         mse_token: bool = True,
         cls_weight: float = 1.0,
-        token_weight: float | None = None,
+        token_weight: float = 1.0,
         embeddings: bool = False,
     ) -> None:
         super().__init__(base_criterion, keep_rates, ratio_weight, cls_weight=cls_weight)
         self.teacher = teacher
         self.distill_weight = distill_weight
         self.mse_token = mse_token
-        self.token_weight = distill_weight if token_weight is None else token_weight
+        self.token_weight = token_weight
         self.embeddings = embeddings
 
     def forward(self, images: Tensor, outputs: Outputs, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -123,15 +123,13 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         logits, tokens, keep_mask, _ = outputs
         teacher_logits, teacher_tokens = self.teacher(images)
         if self.embeddings:
-            parts["cosine"] = cosine_distance(logits, teacher_logits).mean()
-            loss = loss + self.distill_weight * parts["cosine"]
+            parts["cosine"] = difference = cosine_distance(logits, teacher_logits).mean()
         else:
-            parts["cls_kl"] = kl_divergence(logits, teacher_logits).mean()
-            loss = loss + self.distill_weight * parts["cls_kl"]
+            parts["cls_kl"] = difference = kl_divergence(logits, teacher_logits).mean()
         if self.token_weight > 0:
             parts["token"] = self.token_loss(tokens, teacher_tokens, keep_mask)
-            loss = loss + self.token_weight * parts["token"]
-        return loss, parts
+            difference = difference + self.token_weight * parts["token"]
+        return loss + self.distill_weight * difference, parts
 
     def token_loss(self, tokens: Tensor, teacher_tokens: Tensor, keep_mask: Tensor) -> Tensor:
         """Mean distance of the (B, N, C) tokens that the (B, N) mask keeps."""

@@ -252,7 +252,11 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         type=number(float, NOT_NEGATIVE),
         help=by_recipe("distill_weight", "of the distillation losses"),
     )
-    add("--token-weight", type=number(float, NOT_NEGATIVE), help="of the tokens' (default: as --distill-weight)")
+    add(
+        "--token-weight",
+        type=number(float, NOT_NEGATIVE),
+        help=by_recipe("token_weight", "of the tokens' distillation beside the logits'"),
+    )
     add("--smoothing", type=number(float, BELOW_ONE), default=0.1, help="label smoothing")
 
 
@@ -417,8 +421,6 @@ def with_recipe(args: argparse.Namespace, spec: ModelSpec) -> argparse.Namespace
         defaults["ratio_weight"] = RECIPES["neurips"]["ratio_weight"]
     if args.recipe == "neurips" and args.warmup_epochs is not None:
         defaults["frozen_epochs"] = args.warmup_epochs  # its script knows one number for both
-    if args.distill_weight is not None and defaults["token_weight"]:
-        defaults["token_weight"] = args.distill_weight
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

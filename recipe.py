@@ -81,7 +81,7 @@ NEURIPS = {
     "cls_weight": 1.0,
     "ratio_weight": 2.0,
     "distill_weight": 0.5,
-    "token_weight": 0.5,
+    "token_weight": 1.0,
     "color_jitter": 0.4,
     "aa": "rand-m9-mstd0.5-inc1",
     "scale": (0.08, 1.0),

@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from main_dynamic_vit import command
 from models import read_checkpoint
-from utils import SaveClock, exit_status
+from clocks import SaveClock
+from errors import exit_status
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 

@@ -19,15 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import utils
+from clocks import Eta
 from datasets import IGNORED_LABEL, BatchTransform
-from engine import MAX_BAD_STEPS, Diverged, RunningMeans, Trainer, evaluate, train_one_epoch, update_weights
+from engine import MAX_BAD_STEPS, Diverged, RunningMeans, evaluate, train_one_epoch, update_weights
+from errors import UserError
 from losses import DistillDiffPruningLoss, LabelLoss
-from main_dynamic_vit import build_scaler
 from models import Teacher, create_model
+from recipe import Trainer, build_scaler
 
 CPU = torch.device("cpu")
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
 KINDS = ("deit_small", "lvvit_s")
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -35,7 +38,7 @@ def train(trainer: Trainer, loader: Iterable, epoch: int = 0) -> dict[str, float
     """One epoch of all the batches; returns the means of the loss and its parts."""
     steps = range(len(loader) // trainer.update_freq)
     sums = RunningMeans(CPU)
-    means, _ = train_one_epoch(trainer, loader, epoch, steps, utils.Eta(len(steps)), sums, lambda done: None)
+    means, _ = train_one_epoch(trainer, loader, epoch, steps, Eta(len(steps)), sums, lambda done: None)
     return means
 
 
@@ -124,7 +127,7 @@ def test_evaluation_leaves_ignored_labels_out() -> None:
     images.tensors[1][7:] = IGNORED_LABEL
     assert evaluate_ranking(6, DataLoader(images, 4), sharded=False) == pytest.approx(SIX_CLASSES)
     images.tensors[1][:] = IGNORED_LABEL
-    with pytest.raises(utils.UserError, match="no image"):
+    with pytest.raises(UserError, match="no image"):
         evaluate_ranking(6, DataLoader(images, 4), sharded=False)
 
 
@@ -380,7 +383,7 @@ def dynamic_trainer(kind: str, amp_dtype: torch.dtype | None = None, seed: int =
         optimizer=torch.optim.AdamW(one_group(model), fused=True),
         schedule=lambda epochs_done: {"all": 1e-3},
         scaler=build_scaler(CPU, amp_dtype),
-        batch_transform=BatchTransform(CPU, erase_prob=0.5),
+        batch_transform=BatchTransform(CPU, MEAN, STD, erase_prob=0.5),
         device=CPU,
         amp_dtype=amp_dtype,
         mixup=Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=4),
@@ -406,7 +409,7 @@ def test_mixed_precision_stays_finite(kind: str, amp_dtype: torch.dtype) -> None
     assert means["skipped_steps"] < 3  # float16 looks for its loss scale first
     assert weights(trainer.model).isfinite().all() and not torch.equal(weights(trainer.model), start)
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
-    stats = evaluate(trainer.model, image_batches(2), BatchTransform(CPU), CPU, amp_dtype, sharded=False)
+    stats = evaluate(trainer.model, image_batches(2), BatchTransform(CPU, MEAN, STD), CPU, amp_dtype, sharded=False)
     assert math.isfinite(stats["loss"]) and stats["images"] == 8
 
 
@@ -431,7 +434,7 @@ def test_an_epoch_begun_goes_on_as_it_would_have() -> None:
     whole, halves = dynamic_trainer("deit_small"), dynamic_trainer("deit_small")
     loader = image_batches(4)
     expected = train(whole, loader)
-    sums, eta = RunningMeans(CPU), utils.Eta(4)
+    sums, eta = RunningMeans(CPU), Eta(4)
     train_one_epoch(halves, loader, 0, range(2), eta, sums, lambda done: None)
     utils.set_seed(9)
     rest = DataLoader(Subset(loader.dataset, range(8, 16)), 4)

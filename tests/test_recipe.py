@@ -1,6 +1,5 @@
 """Who learns how fast, from which images and labels: against the formulas of the paper and of DeiT."""
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -10,13 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from optim import BACKBONE, PREDICTOR, dense_rates, dynamic_rates, param_groups, set_rates
 from torch import Tensor, nn
 
-import main_dynamic_vit as main
+import options
+import recipe
 import utils
-from engine import Trainer, accumulate_gradients, unwrap, update_weights
-from models import Teacher, create_model
+from datasets import Augmentation
+from engine import accumulate_gradients, unwrap, update_weights
+from models import ModelSpec, Teacher, create_model
+from recipe import (
+    BACKBONE,
+    PREDICTOR,
+    RECIPES,
+    Recipe,
+    Trainer,
+    dense_rates,
+    dynamic_rates,
+    learning_rates,
+    param_groups,
+    set_rates,
+)
+from recipe import build_trainer as build_trainer_of
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
 KINDS = ("deit_small", "lvvit_s")
@@ -31,12 +44,17 @@ def build(arch: str, dense: bool = False) -> nn.Module:
 
 def build_trainer(arch: str = "deit_small", *flags: str) -> Trainer:
     """As the command line does it, without random erasing."""
-    args = parse("--distill", "--reprob", "0", "--num-classes", "4", "--amp", "off", *flags)
-    return main.build_trainer(args, build(arch), Teacher(build(arch, dense=True)), torch.device("cpu"))
+    teacher = Teacher(build(arch, dense=True))
+    chosen = parse("--distill", "--amp", "off", *flags)
+    return build_trainer_of(chosen, build(arch), teacher, torch.device("cpu"), Augmentation(reprob=0), 10)
 
 
-def parse(*flags: str) -> argparse.Namespace:
-    return main.parse_args(list(flags))
+def parse(*flags: str, spec: ModelSpec = ModelSpec()) -> Recipe:  # noqa: B008
+    return options.recipe(options.with_recipe(options.parse_args(list(flags)), spec))
+
+
+def rates(epoch: float, *flags: str, dense: bool = False, steps_per_epoch: int = 10) -> dict[str, float]:
+    return learning_rates(parse(*flags), dense, steps_per_epoch, epoch)
 
 
 def random_batch(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -113,25 +131,25 @@ def expected_rates(epoch: int, backbone_scale: float = 0.01) -> dict[str, float]
 @pytest.mark.parametrize("backbone_scale", [0.01, 0.05])
 def test_rates_at_every_epoch(backbone_scale: float) -> None:
     for epoch in range(EPOCHS):
-        rates = dynamic_rates(LR, MIN_LR, epoch, EPOCHS, WARMUP, backbone_scale)
-        assert rates == pytest.approx(expected_rates(epoch, backbone_scale), rel=1e-12)
+        by_name = dynamic_rates(LR, MIN_LR, epoch, EPOCHS, WARMUP, backbone_scale)
+        assert by_name == pytest.approx(expected_rates(epoch, backbone_scale), rel=1e-12)
 
 
 def test_rates_by_hand() -> None:
     assert pytest.approx(7.5e-4) == LR
-    rates = [dynamic_rates(LR, MIN_LR, epoch, EPOCHS, WARMUP, 0.05) for epoch in range(EPOCHS)]
-    assert rates[0] == pytest.approx({PREDICTOR: 7.5e-4, BACKBONE: 0})
-    assert rates[4][BACKBONE] == 0 and rates[5][BACKBONE] == pytest.approx(3.75e-5)
-    assert rates[15][PREDICTOR] == pytest.approx(3.8e-4)  # half-way between 7.5e-4 and 1e-5
+    by_epoch = [dynamic_rates(LR, MIN_LR, epoch, EPOCHS, WARMUP, 0.05) for epoch in range(EPOCHS)]
+    assert by_epoch[0] == pytest.approx({PREDICTOR: 7.5e-4, BACKBONE: 0})
+    assert by_epoch[4][BACKBONE] == 0 and by_epoch[5][BACKBONE] == pytest.approx(3.75e-5)
+    assert by_epoch[15][PREDICTOR] == pytest.approx(3.8e-4)  # half-way between 7.5e-4 and 1e-5
     # 1e-5 + 3.7e-4 * (1 + cos 174 degrees), less than 5 % of 7.5e-4
-    assert rates[29] == pytest.approx({PREDICTOR: 1.20269e-5, BACKBONE: 1.20269e-5}, rel=1e-5)
+    assert by_epoch[29] == pytest.approx({PREDICTOR: 1.20269e-5, BACKBONE: 1.20269e-5}, rel=1e-5)
 
 
 def test_published_command_line_has_these_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils, "get_world_size", lambda: 8)
-    args = parse("--arch", "deit_small", "--batch-size", "96", "--epochs", "30", "--distill", "--base_rate", "0.7")
+    monkeypatch.setattr(recipe, "get_world_size", lambda: 8)
+    flags = ("--arch", "deit_small", "--batch-size", "96", "--epochs", "30", "--distill", "--base_rate", "0.7")
     for epoch in range(EPOCHS):
-        assert main.learning_rates(args, epoch) == pytest.approx(expected_rates(epoch), rel=1e-12)
+        assert rates(epoch, *flags) == pytest.approx(expected_rates(epoch), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +162,7 @@ def test_published_command_line_has_these_rates(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_linear_scaling(flags: tuple[str, ...], expected: float) -> None:
-    assert main.learning_rates(parse(*flags), 0)[PREDICTOR] == pytest.approx(expected)
+    assert rates(0, *flags)[PREDICTOR] == pytest.approx(expected)
 
 
 # Processes are forked from one that has done the slow imports.
@@ -160,20 +178,21 @@ def free_port() -> int:
 def report_rate(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     utils.init_distributed(torch.device("cpu"))
-    rate = main.learning_rates(parse("--batch-size", "64"), 0)[PREDICTOR]
+    rate = rates(0, "--batch-size", "64")[PREDICTOR]
     (folder / str(rank)).write_text(str(rate))
+    utils.gather(rank)  # so that none leaves while the other still connects
     torch.distributed.destroy_process_group()
 
 
 def test_linear_scaling_with_processes(tmp_path: Path) -> None:
     mp.start_processes(report_rate, (free_port(), tmp_path), nprocs=2, start_method="forkserver")
-    rates = [float((tmp_path / str(rank)).read_text()) for rank in range(2)]
-    assert rates == pytest.approx([5e-4 * 64 * 2 / 512] * 2)
+    reported = [float((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert reported == pytest.approx([5e-4 * 64 * 2 / 512] * 2)
 
 
 def test_rates_change_between_epochs_only() -> None:
-    rates = [dynamic_rates(LR, MIN_LR, 7 + part, EPOCHS, WARMUP, 0.01) for part in (0, 0.25, 0.999)]
-    assert rates == [pytest.approx(expected_rates(7))] * 3
+    within = [dynamic_rates(LR, MIN_LR, 7 + part, EPOCHS, WARMUP, 0.01) for part in (0, 0.25, 0.999)]
+    assert within == [pytest.approx(expected_rates(7))] * 3
 
 
 def test_dense_rates() -> None:
@@ -186,7 +205,7 @@ def test_dense_rates() -> None:
     assert rate(10) == pytest.approx(6e-5)  # half of the run is done
     for epoch in (5, 7.25, 15, 19.5):
         assert rate(epoch) == pytest.approx(1e-5 + 0.5 * 1e-4 * (1 + math.cos(math.pi * epoch / 20)))
-    assert set(main.learning_rates(parse("--dense"), 0)) == {BACKBONE}
+    assert set(rates(0, "--dense", dense=True)) == {BACKBONE}
 
 
 @pytest.mark.parametrize(("epoch", "backbone_learns"), [(4, False), (5, True)])
@@ -262,3 +281,52 @@ def test_moving_average(kind: str) -> None:
 def test_moving_average_by_default_is_deits() -> None:
     assert build_trainer().ema.decay == 0.99996
     assert build_trainer("deit_small", "--no-model-ema").ema is None
+
+
+# --- The journal version's schedule, from its own code: 10 steps an epoch
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            "--epochs 120 --lr 4e-3 --warmup-epochs 20",
+            {1: 2.01005e-05, 100: 0.00201005, 199: 0.004, 200: 0.004, 700: 0.0020005, 1199: 1.00987e-06},
+        ),
+        (
+            "--epochs 30 --lr 1e-3 --warmup-epochs 5",
+            {25: 0.000510204, 49: 0.001, 50: 0.001, 175: 0.0005005, 299: 1.03944e-06},
+        ),
+    ],
+)
+def test_journal_schedule(flags: str, expected: dict[int, float]) -> None:
+    for step_number, lr in expected.items():
+        found = rates(step_number / 10, "--recipe", "journal", "--backbone-lr-scale", "0.2", *flags.split())
+        assert found[PREDICTOR] == pytest.approx(lr, rel=1e-5)
+        assert found[BACKBONE] == pytest.approx(0 if step_number < 50 else 0.2 * lr, rel=1e-5)
+
+
+@pytest.mark.parametrize(("arch", "counts"), [("swin_t", (17, 33, 65, 108)), ("convnext_t", (20, 50, 59, 123))])
+def test_journal_groups(arch: str, counts: tuple[int, ...]) -> None:
+    """What is new and the backbone, each with weight decay and without, of the sizes counted in the published code."""
+    with torch.device("meta"):
+        model = create_model(arch)
+    groups = param_groups(model, 0.05, decay_new_biases=False)
+    assert tuple(len(group["params"]) for group in groups) == counts
+    assert [(g["name"], g["weight_decay"]) for g in groups] == [
+        (PREDICTOR, 0.05),
+        (PREDICTOR, 0.0),
+        (BACKBONE, 0.05),
+        (BACKBONE, 0.0),
+    ]
+
+
+def test_recipe_follows_from_the_model() -> None:
+    assert parse().recipe == "neurips"
+    assert parse(spec=ModelSpec("swin_t")).recipe == "journal"
+    assert parse(spec=ModelSpec("swin_t")).ratio_weight == 10
+    assert parse("--recipe", "journal").ratio_weight == 2  # DeiT's
+    merged = parse("--distill", spec=ModelSpec(scorer="attention", reducer="merge"))
+    assert merged.recipe == "label-free" and merged.cls_weight == 0
+    assert parse("--lr", "1", spec=ModelSpec("convnext_s")).lr == 1
+    assert all(set(values) == set(RECIPES["neurips"]) for values in RECIPES.values())
