@@ -19,7 +19,8 @@ def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:
     """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     # On the meta device only shapes are computed, and no weights are held: fast at any size.
-    shadow = copy.deepcopy(model).to("meta").eval()
+    # No gradients wanted, or the counter would look for that of attention pooling's query, and fail.
+    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     images = torch.empty(1, 3, height, width, device="meta")
     with torch.no_grad():
         return gflops_of(lambda: shadow(images))
