@@ -3,9 +3,8 @@
 These backbones mix locations by windows or convolutions, which need the whole map, so no location can leave
 the tensor. Instead, each block of the third stage sends the kept locations through its MLP and the others
 through a *fast path* that costs an eighth of it. Every predictor decides anew about all locations.
-
-Shapes: B images; the third stage's map has H x W = N locations, numbered row by row, and C channels; the
-last stage's has L and C4. S predictors. Maps are (B, H, W, C) here.
+Shapes: B images, S predictors; the third stage's map is H x W, its N locations numbered row by row, with C
+channels; the last stage has L locations, C4 channels. Maps are (B, H, W, C).
 """
 
 from collections.abc import Sequence
@@ -21,11 +20,8 @@ from torch import Tensor, nn
 from .pruning import Predictor, TokenPruning, check_keep_rates, sample_keep_decision
 
 Backbone = SwinTransformer | ConvNeXt
-STAGE = 2  # the third one, which has most of the arithmetic
-RATE_STEP = 0.2
-FRESH_SCALE = 1e-6  # of ConvNeXt's fast path, as of its other branches
-
 Swin = partial(SwinTransformer, drop_path_rate=0.0)  # timm's own default is 0.1
+STAGE = 2  # the third one, which has most of the arithmetic
 
 
 def build_convnext(embed_dim: int, depths: Sequence[int], img_size: object = None, **options: float) -> ConvNeXt:
@@ -51,17 +47,12 @@ SPATIAL_ARCHS = {
 
 def arithmetic_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:
     """base_rate, base_rate - 0.2, base_rate - 0.4, ... as published; ValueError where that leaves (0, 1]."""
-    least = RATE_STEP * (num_stages - 1)
-    if not least < base_rate <= 1:
-        raise ValueError(f"the base rate must lie in ({least:.3g}, 1] for {num_stages} predictors, got {base_rate}")
-    return tuple(base_rate - RATE_STEP * stage for stage in range(num_stages))
+    return check_keep_rates([base_rate - 0.2 * stage for stage in range(num_stages)], num_stages)
 
 
 def route(order: Tensor, num_keep: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N) locations, best first -> (B, 1, K) kept and (B, 1, N - K) dropped ones, and the (B, H, W) way back.
-
-    They count the rows of all images together; back says where each is when kept and dropped stand in one list.
-    """
+    """(B, N) locations, best first -> rows of the matrix of all images' locations: (B, 1, K) kept, (B, 1, N - K)
+    dropped, and (B, H, W) where each location is in a list of first those and then these."""
     batch, num_locations = order.shape
     rows = (order + num_locations * torch.arange(batch, device=order.device)[:, None])[:, None]
     kept, dropped = rows[..., :num_keep], rows[..., num_keep:]
@@ -74,11 +65,8 @@ def select(chosen: Tensor, other: Tensor, mask: Tensor) -> Tensor:
 
 
 class DynamicBlock:
-    """Mixin for a timm block: each location goes through its MLP (slow) or through a fast path.
-
-    A family of backbones defines mix, which lets locations see each other, and slow. mix_is_residual: their
-    result is added to that of mix, else to the block's input.
-    """
+    """Mixin for a timm block, whose family defines mix, which lets locations see each other, and slow, the MLP's way.
+    mix_is_residual: what slow or the fast path gives is added to the result of mix, else to the block's input."""
 
     def forward_routed(self, x: Tensor, kept: Tensor, dropped: Tensor, back: Tensor) -> Tensor:
         """Evaluation: each location of the (B, H, W, C) map goes one way; see route."""
@@ -90,10 +78,8 @@ class DynamicBlock:
         return out + (mixed if self.mix_is_residual else x)
 
     def forward_streams(self, kept: Tensor, dropped: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Training: two (B, H, W, C) maps, one as if every location were kept, one as if none were.
-
-        The (B, H, W, 1) mask tells which of them is true; the other is there to give the decision a gradient.
-        """
+        """Training: two (B, H, W, C) maps, all locations kept in one and dropped in the other. The (B, H, W, 1)
+        mask tells which is true; the other is there to give the decision a gradient."""
         mixed = self.mix(select(kept, dropped, mask))
         slow, fast = self.slow(select(mixed, kept, mask)), self.fast_path(select(dropped, mixed, mask))
         if self.mix_is_residual:
@@ -143,8 +129,8 @@ class SpatialSparsification:
     def forward(self, images: Tensor):
         """(B, 3, H, W) images -> in training (logits, features, keep_mask, keep_decisions), else logits.
 
-        features: (B, L, C4), see split_outputs. keep_mask: (B, L) ones, as no location has left.
-        keep_decisions: S tensors (B, N), 1 for kept locations, with gradient.
+        features: (B, L, C4), see split_outputs. keep_mask: (B, L) ones, as no location has left. keep_decisions:
+        S tensors (B, N), 1 for kept locations, with gradient.
         """
         return self.forward_masked(images) if self.training else self.trace(images)[0]
 
@@ -166,75 +152,65 @@ class SpatialSparsification:
             x = part(x)
         return x
 
-    def dynamic_blocks(self) -> list[tuple[Predictor | None, DynamicBlock]]:
-        """The third stage's blocks from the first predictor on, each with the predictor before it."""
-        predictors = dict(zip(self.pruning_loc, self.score_predictor, strict=True))
-        blocks = enumerate(self.stages[STAGE].blocks)
-        return [(predictors.get(i), block) for i, block in blocks if i >= self.pruning_loc[0]]
-
     def forward_masked(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Training: every location goes both ways."""
         kept = dropped = self.embed(images)
         mask = torch.ones_like(kept[..., :1], dtype=torch.float32)
         keep_decisions = []
-        for predictor, block in self.dynamic_blocks():
-            if predictor is not None:
+        for i, block in list(enumerate(self.stages[STAGE].blocks))[self.pruning_loc[0] :]:
+            if i in self.pruning_loc:
                 x = select(kept, dropped, mask)
                 if self.merge_streams:
                     kept = dropped = x
+                predictor = self.score_predictor[len(keep_decisions)]
                 keep_decisions.append(sample_keep_decision(predictor(x.flatten(1, 2))))
                 mask = keep_decisions[-1].view(mask.shape)
             kept, dropped = block.forward_streams(kept, dropped, mask)
         logits, features = split_outputs(self, self.finish(select(kept, dropped, mask)))
         return logits, features, features.new_ones(features.shape[:2]), keep_decisions
 
-    def trace(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Evaluation: as forward_pruned, and (B, S, H, W) log-probabilities of being kept."""
+    def sparsify(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Evaluation: what timm's forward_features gives, and as trace."""
         x = self.embed(images)
-        num_keep = self.tokens_kept(x.shape[1] * x.shape[2])
         kept, scores = [], []
-        for predictor, block in self.dynamic_blocks():
-            if predictor is not None:
-                scores.append(predictor(x.flatten(1, 2))[..., 0])
+        for i, block in list(enumerate(self.stages[STAGE].blocks))[self.pruning_loc[0] :]:
+            if i in self.pruning_loc:
+                scores.append(self.score_predictor[len(kept)](x.flatten(1, 2))[..., 0])
                 order = scores[-1].argsort(dim=1, descending=True)
-                kept.append(order[:, : num_keep[len(kept)]])
-                routing = route(order, kept[-1].shape[1], x.shape[1:3])
+                num_keep = self.tokens_kept(order.shape[1])[len(kept)]
+                kept.append(order[:, :num_keep])
+                routing = route(order, num_keep, x.shape[1:3])
             x = block.forward_routed(x, *routing)
-        return self.forward_head(self.finish(x)), kept, torch.stack(scores, dim=1).unflatten(2, x.shape[1:3])
+        return self.finish(x), kept, torch.stack(scores, dim=1).unflatten(2, x.shape[1:3])
+
+    def trace(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """As forward_pruned, and (B, S, H, W) log-probabilities of being kept."""
+        x, kept, scores = self.sparsify(images)
+        return self.forward_head(x), kept, scores
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.sparsify(images)[0]
 
 
 class SwinSparsification(SpatialSparsification):
-    """timm's Swin has other names for what its ConvNeXt calls stem, stages and norm_pre."""
-
-    stem = property(lambda self: self.patch_embed)
+    stem = property(lambda self: self.patch_embed)  # by the names of timm's ConvNeXt
     stages = property(lambda self: self.layers)
     norm_pre = property(lambda self: self.norm)
 
 
 def split_outputs(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
-    """timm's forward_features -> what student and teacher are compared on: logits and (B, L, C4) features.
-
-    Features are the last stage's map after the final LayerNorm.
-    """
+    """timm's forward_features -> logits and (B, L, C4) normed features, which student and teacher are compared on."""
     logits = backbone.forward_head(x)
     if isinstance(backbone, ConvNeXt):  # that norm is in its head, behind the pooling, or else in norm_pre
         x = getattr(backbone.head, "norm", nn.Identity())(x).permute(0, 2, 3, 1)
     return logits, x.flatten(1, 2)
 
 
-def third_stage(backbone: Backbone) -> nn.Sequential:
-    """Its blocks."""
+def third_stage_blocks(backbone: Backbone) -> nn.Sequential:
     stages = backbone.layers if isinstance(backbone, SwinTransformer) else backbone.stages
     if len(stages) <= STAGE:
         raise ValueError(f"spatial sparsification is for the third stage, and this model has {len(stages)}")
     return stages[STAGE].blocks
-
-
-def default_pruning_loc(backbone: Backbone) -> tuple[int, ...]:
-    """Predictors a ninth of the third stage apart, as in all of the paper's models."""
-    depth = len(third_stage(backbone))
-    step = max(1, depth // 9)
-    return tuple(range(step, depth, step)[:3])
 
 
 def make_spatial_dynamic(
@@ -242,30 +218,25 @@ def make_spatial_dynamic(
 ) -> Backbone:
     """Turns a timm SwinTransformer or ConvNeXt dynamic, in place; its own weights and names stay.
 
-    pruning_loc: the third stage's blocks with a predictor before them. keep_rates: the share of all its
-    locations that each predictor keeps. merge_streams: when a predictor decides anew in training, locations
-    go on from their true values, as in evaluation. As published, a location that comes back goes on from
-    the kept stream's values, and the other way round. Raises ValueError if anything does not fit.
+    pruning_loc: the third stage's blocks with a predictor before them. keep_rates: the share of all its locations
+    that each predictor keeps. merge_streams: in training, when a predictor decides anew, locations go on from
+    their true values, as in evaluation; as published, one that comes back goes on from the kept stream's, and the
+    other way round. Raises ValueError if anything does not fit.
     """
-    pruning_loc, blocks = tuple(pruning_loc), third_stage(backbone)
-    if (
-        not pruning_loc
-        or any(i not in range(len(blocks)) for i in pruning_loc)
-        or sorted(set(pruning_loc)) != [*pruning_loc]
-    ):
-        raise ValueError(
-            f"pruning_loc must be ascending blocks of the third stage, 0..{len(blocks) - 1}, got {pruning_loc}"
-        )
-    check_keep_rates(sorted(keep_rates, reverse=True), len(pruning_loc))
+    pruning_loc, blocks = tuple(pruning_loc), third_stage_blocks(backbone)
+    if not pruning_loc or not set(pruning_loc) <= set(range(len(blocks))) or sorted(set(pruning_loc)) != [*pruning_loc]:
+        raise ValueError(f"predictors stand before ascending blocks of 0..{len(blocks) - 1}, got {pruning_loc}")
+    if isinstance(backbone, SpatialSparsification):
+        raise ValueError("the model is dynamic already: start from the dense one, or change it by set_keep_rates")
+    backbone.pruning_loc, backbone.merge_streams = pruning_loc, merge_streams
+    SpatialSparsification.set_keep_rates(backbone, keep_rates)
     is_swin = isinstance(backbone, SwinTransformer)
     mixin, norm = (SwinSparsification, blocks[0].norm2) if is_swin else (SpatialSparsification, blocks[0].norm)
     backbone.__class__ = type(f"Dynamic{type(backbone).__name__}", (mixin, type(backbone)), {})
-    backbone.pruning_loc, backbone.merge_streams = pruning_loc, merge_streams
-    backbone.set_keep_rates(keep_rates)
     dim, eps = len(norm.weight), norm.eps
     for block in blocks[pruning_loc[0] :]:
         block.__class__ = DynamicSwinBlock if is_swin else DynamicConvNeXtBlock
-        scale = () if is_swin else (LayerScale(dim, FRESH_SCALE),)
+        scale = [] if is_swin else [LayerScale(dim, 1e-6)]
         block.fast_path = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim), *scale)
         block.fast_path.to(norm.weight).apply(init_weights_vit_timm)
     backbone.score_predictor = nn.ModuleList(Predictor(dim, eps) for _ in pruning_loc)
@@ -283,7 +254,7 @@ def map_published(weights: dict[str, Tensor], model: Backbone) -> dict[str, Tens
     mapped = {}
     for name, value in weights.items():
         name = name.replace("layers.2.score_predictor.", "score_predictor.").replace("fastmlp.fc1.", "fast_path.")
-        # ConvNeXt's predictors were made of 1 x 1 convolutions
-        flat = value.flatten(1) if name.startswith("score_predictor.") and value.ndim == 4 else value
-        mapped[name.replace("fast_path_gamma", "fast_path.2.gamma")] = flat
+        name = name.replace("fast_path_gamma", "fast_path.2.gamma")
+        is_conv = value.ndim == 4 and name.startswith("score_predictor.")  # 1 x 1, in ConvNeXt
+        mapped[name] = value.flatten(1) if is_conv else value
     return mapped

@@ -82,7 +82,7 @@ class Reference:
     def build(self, dense: bool) -> nn.Module:
         meta = self.meta
         backbone, sizes, *_ = SPATIAL_ARCHS[f"{meta['kind']}_t"]
-        backbone = backbone(num_classes=meta["num_classes"], **{name: meta[name] for name in sizes})
+        backbone = backbone(num_classes=meta["num_classes"], drop_path_rate=0.0, **{name: meta[name] for name in sizes})
         return backbone if dense else make_spatial_dynamic(backbone, meta["pruning_loc"], meta["keep_rates"])
 
     def check(self, name: str, value: Tensor, rtol: float = 1e-4) -> None:
