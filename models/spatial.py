@@ -133,7 +133,7 @@ class SpatialSparsification:
         features: (B, L, C4), see split_outputs. keep_mask: (B, L) ones, as no location has left. keep_decisions:
         S tensors (B, N), 1 for kept locations, with gradient.
         """
-        return self.forward_masked(images) if self.training else self.forward_head(self.sparsify(images)[0])
+        return self.forward_masked(images) if self.training else self.forward_pruned(images)[0]
 
     def forward_pruned(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Evaluation: (B, classes) logits and, by predictor, the (B, K) locations kept, best score first."""
@@ -172,7 +172,7 @@ class SpatialSparsification:
         return logits, features, features.new_ones(features.shape[:2]), keep_decisions
 
     def sparsify(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Evaluation: what timm's forward_features gives, and as trace."""
+        """Evaluation: what timm's forward_features gives, the locations kept, and (B, S, H, W) log-probabilities."""
         x = self.embed(images)
         kept, scores = [], []
         for i, block in list(enumerate(self.stages[STAGE].blocks))[self.pruning_loc[0] :]:
