@@ -14,10 +14,10 @@ import torch
 from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_MODEL, TINY_RUN, launch, needs_gpu, run_main, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from main_dynamic_vit import command
-from models import read_checkpoint
 from clocks import SaveClock
 from errors import exit_status
+from main_dynamic_vit import command
+from models import read_checkpoint
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 

@@ -317,7 +317,9 @@ def test_new_modules_start_as_published(arch: str) -> None:
         if "score_predictor" not in name and "fast_path" not in name:
             continue
         if isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.2) and not module.bias.any()
+            assert not module.bias.any()
+            if module.weight.numel() >= 1000:  # enough numbers to tell their spread
+                assert module.weight.std().item() == pytest.approx(0.02, rel=0.2)
         if isinstance(module, nn.LayerNorm):
             assert module.eps == eps and (module.weight == 1).all() and not module.bias.any()
     blocks = model.stages[2].blocks
