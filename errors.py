@@ -33,25 +33,33 @@ def exit_status(command: Callable[[], None]) -> int:
         ignore_stop_signals()
         log(str(stopped))
         return 0
-    except (UserError, ModelError, LaunchError, OSError) as error:
-        print_error(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-    except torch.OutOfMemoryError:
-        print_error(
-            LocalError("the GPU's memory is too small; lower --batch-size (in training, raise --update-freq as much)")
-        )
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
-            reason = f"a loader process died, most likely because memory ran out ({error}); lower --num-workers"
-        elif dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
-            reason = "another process is gone; its own message says why"
-        else:
+    except (Exception, KeyboardInterrupt) as error:
+        end_loader_processes()  # before their loaders are taken apart, of which they would complain
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr, flush=True)
+            return 2
+        known = for_the_user(error)
+        if known is None:
             raise
-        print_error(LocalError(reason))
+        print_error(known)
+        return 2
     finally:
         end_loader_processes()
-    return 2
+
+
+def for_the_user(error: Exception) -> Exception | None:
+    """The error whose message tells what to do; None for one that is a fault of the program."""
+    if isinstance(error, (UserError, ModelError, LaunchError, OSError)):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return LocalError(
+            "the GPU's memory is too small; lower --batch-size (in training, raise --update-freq as much)"
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return LocalError(f"a loader process died, most likely because memory ran out ({error}); lower --num-workers")
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+        return LocalError("another process is gone; its own message says why")
+    return None
 
 
 def print_error(error: Exception) -> None:

@@ -139,10 +139,7 @@ def check_sizes(spec: ModelSpec, sizes: dict[str, Any]) -> None:
 
 def build_by_timm_name(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, ModelSpec]:
     """Any timm model, and the spec completed from its pretrained_cfg."""
-    if not timm.is_model(spec.arch):
-        raise ModelError(
-            f"unknown arch '{spec.arch}'; known: {', '.join(ARCHS)}, and timm's names (timm.list_models())"
-        )
+    check_known(spec.arch)
     options = dict(spec.sizes, num_classes=spec.num_classes, img_size=spec.img_size)
     if drop_path:
         options["drop_path_rate"] = drop_path
@@ -158,6 +155,12 @@ def build_by_timm_name(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, Mo
         preprocessing=spec.preprocessing
         or Preprocessing(tuple(config["mean"]), tuple(config["std"]), config["crop_pct"], config["interpolation"]),
     )
+
+
+def check_known(arch: str) -> None:
+    """Raises ModelError for a name that is neither ours nor timm's."""
+    if arch not in ARCHS and not timm.is_model(arch):
+        raise ModelError(f"unknown arch '{arch}'; known: {', '.join(ARCHS)}, and timm's names (timm.list_models())")
 
 
 def one_side(size: Sequence[int]) -> int | tuple[int, int]:

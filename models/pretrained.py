@@ -14,7 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import ConvNeXt, SwinTransformer
 from torch import Tensor, nn
 
-from .factory import ARCHS
+from .factory import ARCHS, check_known
 from .spatial import map_published
 from .spec import ModelError, ModelSpec
 
@@ -75,6 +75,7 @@ def read_dense_weights(spec: ModelSpec, file: str | None) -> StateDict:
     """
     if file:
         return find_weights(read_checkpoint(file))
+    check_known(spec.arch)
     if spec.arch not in ARCHS:
         return download_weights(spec.arch)
     name = ARCHS[spec.arch].weights

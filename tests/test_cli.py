@@ -252,6 +252,8 @@ class TestBadInput:
             "--distill",
             "--num-classes",
             "2",
+            "--device",
+            "cpu",
         ]
         refused(args, "sh download_pretrain.sh deit_base", "--pretrained")
 
