@@ -146,10 +146,8 @@ class TokenPruning:
 
         def hide(stage: int, tokens: Tokens) -> None:
             patch_tokens = tokens.x[:, self.num_prefix_tokens :]
-            if not keep_decisions:
-                policy = patch_tokens.new_ones(patch_tokens.shape[:2], dtype=torch.float32)
-            else:
-                policy = keep_decisions[-1]
+            ones = patch_tokens.new_ones(patch_tokens.shape[:2], dtype=torch.float32)
+            policy = keep_decisions[-1] if keep_decisions else ones
             policy = policy * sample_keep_decision(self.score_predictor[stage](patch_tokens, policy))
             keep_decisions.append(policy)
             tokens.bias = policy_bias(policy, self.num_prefix_tokens).to(bias_dtype(tokens.x))
@@ -222,7 +220,7 @@ class TokenPruning:
         """The tokens that are left after all blocks, normed, and what happened at each stage."""
         stages = []
 
-        def reduce(stage: int, tokens: Tokens) -> None:
+        def shorten(stage: int, tokens: Tokens) -> None:
             scores = self.score(stage, tokens)
             num_patches = (stages[0].scores if stages else scores).shape[1]
             reduced = self.reduce(scores, self.tokens_kept(num_patches)[stage], tokens)
@@ -232,7 +230,7 @@ class TokenPruning:
                 tokens.bias = size_bias(reduced.size, self.num_prefix_tokens).to(matmul_dtype(reduced.x))
             stages.append(Stage(scores, reduced, patches))
 
-        return self.run_blocks(images, reduce), stages
+        return self.run_blocks(images, shorten), stages
 
     def score(self, stage: int, tokens: Tokens) -> Tensor:
         """(B, K) scores of the patch tokens that come to a stage."""
