@@ -7,12 +7,16 @@ import pytest
 import timm
 import torch
 from conftest import DEVICES
+from test_reference_journal import Teacher
 from timm.models import SwinTransformer
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from flops import count_gflops
+from losses import DistillDiffPruningLoss, LabelLoss
 from models import spatial
 from models.spatial import SPATIAL_ARCHS, arithmetic_keep_rates, make_spatial_dynamic, map_published, split_outputs
+from shapes import Shapes
 
 FAMILIES = ("swin_t", "convnext_t")
 STAGES = (1, 2, 3)
@@ -99,6 +103,7 @@ def test_trace_tells_what_was_kept(arch: str) -> None:
     model = build(arch)
     logits, kept, scores, groups, grid = model.trace(random_images())
     assert torch.equal(logits, model(random_images()))
+    assert torch.equal(logits, model.forward_head(model.forward_features(random_images())))
     assert [k.shape for k in kept] == [(3, 11), (3, 8), (3, 4)]  # int(16 * rate)
     assert scores.shape == (3, 3, 16) and grid == (4, 4)
     for stage, indices in enumerate(kept):
@@ -239,6 +244,63 @@ def test_drop_path_is_drawn_for_each_stream(arch: str) -> None:
     left_out = [(stream == x).flatten(1).all(dim=1) for stream in (kept, dropped)]
     assert left_out[0].any() and left_out[1].any() and not torch.equal(*left_out)
     assert not left_out[0].all() and not left_out[1].all()
+
+
+# --- Learning
+
+
+def train(model: nn.Module, criterion: nn.Module, groups: list[dict], steps: int = 30) -> list[dict[str, float]]:
+    """Steps on 180 generated images, again and again; returns the loss and its parts by step."""
+    images, labels = shapes_batch()
+    optimizer = torch.optim.AdamW(groups)
+    history = []
+    for step in range(steps):
+        batch = slice(step % 5 * 36, (step % 5 + 1) * 36)
+        loss, parts = criterion(images[batch], model.train()(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append({name: value.item() for name, value in ({"loss": loss} | parts).items()})
+    return history
+
+
+def shapes_batch() -> tuple[Tensor, Tensor]:
+    data = Shapes(train=True, size=64, length=180)
+    images, labels = zip(*(data[i] for i in range(len(data))), strict=True)
+    return torch.stack([pil_to_tensor(image) for image in images]).float() / 127.5 - 1, torch.tensor(labels)
+
+
+def mean_of(history: list[dict[str, float]], name: str) -> float:
+    return sum(step[name] for step in history) / len(history)
+
+
+def test_dense_and_then_dynamic_learn(arch: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"swin_t": {"embed_dim": 16, "num_heads": (1, 1, 2, 4), "window_size": 4}, "convnext_t": {"embed_dim": 16}}
+    model = SPATIAL_ARCHS[arch][0](num_classes=9, img_size=64, depths=(1, 1, 4, 1), **sizes[arch])
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(parameter)  # 1e-6 would take longer to grow
+    history = train(model, LabelLoss(nn.CrossEntropyLoss()), [{"params": model.parameters(), "lr": 2e-3}])
+    assert mean_of(history[-5:], "loss") < 0.7 * history[0]["loss"]
+
+    teacher = Teacher(copy.deepcopy(model))
+    model = make_spatial_dynamic(model, STAGES, RATES)
+    names = dict(model.named_parameters())
+    new = {name for name in names if "fast" in name or "predictor" in name}
+    groups = [
+        {"params": [names[name] for name in new], "lr": 4e-3},
+        {"params": [names[name] for name in names if name not in new], "lr": 4e-4},
+    ]
+    history = train(model, DistillDiffPruningLoss(teacher, nn.CrossEntropyLoss(), RATES, ratio_weight=10), groups)
+    assert mean_of(history[-5:], "cls") < 0.7 * history[0]["cls"]
+    # fresh predictors keep half
+    assert [history[0][f"kept_{stage}"] for stage in range(3)] == pytest.approx([0.5] * 3, abs=0.1)
+    assert [mean_of(history[-5:], f"kept_{stage}") for stage in range(3)] == pytest.approx(RATES, abs=0.1)
+    images, labels = shapes_batch()
+    with torch.no_grad():
+        accuracy = (model.eval()(images).argmax(dim=1) == labels).float().mean()
+    assert accuracy > 0.6  # on the images trained on; 0.11 by chance
 
 
 # --- Models and their weights
