@@ -2,7 +2,9 @@ from .factory import ARCHS, build_model, create_model, geometric_keep_rates, mak
 from .lvvit import combine_heads
 from .pretrained import CheckpointError, find_weights, load_weights, read_checkpoint
 from .pruning import Teacher
+from .saved import from_pretrained, looks_like_saved, save_pretrained
 from .spec import ModelError, ModelSpec, Preprocessing
+from .version import __version__
 
 __all__ = [
     "ARCHS",
@@ -11,12 +13,16 @@ __all__ = [
     "ModelSpec",
     "Preprocessing",
     "Teacher",
+    "__version__",
     "build_model",
     "combine_heads",
     "create_model",
     "find_weights",
+    "from_pretrained",
     "geometric_keep_rates",
     "load_weights",
+    "looks_like_saved",
     "make_dynamic",
     "read_checkpoint",
+    "save_pretrained",
 ]
