@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, weights, metadata={"format": "pt"})
-        config.write_text(json.dumps(config_content(spec, sha256_of(weights), notes), indent=1, default=str) + "\n")
+        config.write_text(config_text(spec, sha256_of(weights), **notes))
         flush(weights)
         flush(config)
         os.replace(weights, folder / WEIGHTS)
@@ -118,8 +118,10 @@ def data_config(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def config_content(spec: ModelSpec, digest: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model": spec.to_dict(), "sha256": digest, "dynamicvit": __version__, "notes": dict(notes)}
+def config_text(spec: ModelSpec, digest: str = "", **notes: Any) -> str:
+    """What config.json holds; exported files carry it, too. digest: the sum of the weights beside it."""
+    content = {"model": spec.to_dict(), "sha256": digest, "dynamicvit": __version__, "notes": notes}
+    return json.dumps(content, indent=1, default=str) + "\n"
 
 
 def describe_model(model: nn.Module, class_names: Sequence[str] | None) -> ModelSpec:
@@ -165,7 +167,7 @@ def check_rebuilds(spec: ModelSpec, model: nn.Module) -> None:
     rebuilt = build_on_meta(spec, "the model's description")
     pairs = dict(model.named_modules()), dict(rebuilt.named_modules())
     odd = sorted(pairs[0].keys() ^ pairs[1].keys())
-    odd += [name for name in pairs[0].keys() & pairs[1].keys() if settings(pairs[0][name]) != settings(pairs[1][name])]
+    odd += [name for name in pairs[0] if name in pairs[1] and settings(pairs[0][name]) != settings(pairs[1][name])]
     ours, theirs = shapes_of(model.state_dict()), shapes_of(rebuilt.state_dict())
     odd += sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if odd:
@@ -205,15 +207,19 @@ def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str]
 
 def check_values(spec: ModelSpec) -> None:
     """What no building of the model would notice, or too late. Raises ModelError."""
-    if any(isinstance(value, (tuple, list)) and len(value) > 8 for value in spec.sizes.values()):
-        raise ModelError("a size of more than eight numbers")
+    if any(isinstance(value, (tuple, list)) and len(value) > 4 for value in spec.sizes.values()):
+        raise ModelError("a size of more than four numbers, one a stage")
+    if isinstance(spec.img_size, tuple) and len(spec.img_size) != 2:
+        raise ModelError(f"img_size is one number or (height, width), got {spec.img_size}")
     if (how := spec.preprocessing) is not None:
         numbers = (*how.mean, *how.std, how.crop_pct)
         usable = len(how.mean) == len(how.std) == 3 and all(math.isfinite(number) for number in numbers)
         if not usable or min(how.std) <= 0 or not 0.1 <= how.crop_pct <= 2 or how.interpolation not in INTERPOLATIONS:
             raise ModelError(f"unusable preprocessing: {how}")
     names = spec.class_names
-    if names is not None and not all(isinstance(name, str) and name.isprintable() for name in names):
+    if names is not None and not (
+        isinstance(names, tuple) and all(isinstance(name, str) and name.isprintable() for name in names)
+    ):
         raise ModelError("class names must be strings that can be printed on one line")
     if names is not None and spec.num_classes is not None and len(names) != spec.num_classes:
         raise ModelError(f"{len(names)} class names for {spec.num_classes} classes")
@@ -283,4 +289,5 @@ def flush(path: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """At most 300 characters, as some errors quote all that they were given."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
