@@ -2,10 +2,12 @@ from .factory import ARCHS, build_model, create_model, geometric_keep_rates, mak
 from .lvvit import combine_heads
 from .pretrained import CheckpointError, find_weights, load_weights, read_checkpoint
 from .reducers import REDUCERS
+from .saved import from_pretrained, looks_like_saved, save_pretrained
 from .scorers import SCORERS
 from .spatial import arithmetic_keep_rates
 from .spec import ModelError, ModelSpec, Preprocessing
 from .teacher import Teacher, build_teacher
+from .version import __version__
 
 __all__ = [
     "ARCHS",
@@ -16,14 +18,18 @@ __all__ = [
     "ModelSpec",
     "Preprocessing",
     "Teacher",
+    "__version__",
     "arithmetic_keep_rates",
     "build_model",
     "build_teacher",
     "combine_heads",
     "create_model",
     "find_weights",
+    "from_pretrained",
     "geometric_keep_rates",
     "load_weights",
+    "looks_like_saved",
     "make_dynamic",
     "read_checkpoint",
+    "save_pretrained",
 ]

@@ -1,0 +1,325 @@
+"""Writes a saved model for other runtimes, checks each file against PyTorch, and measures it against dense.
+
+python -m tools.export fast/ --onnx fast.onnx              # ONNX, for one image at a time
+python -m tools.export fast/ --onnx fast.onnx --dynamic-batch
+python -m tools.export fast/ --torch fast.pt2              # torch.export: loads without this code
+python -m tools.export fast/ --aoti fast_cpu.pt2           # AOTInductor: compiled for this machine
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+import utils
+from datasets import open_image
+from models import ModelSpec, build_model, from_pretrained
+from models.saved import config_text, data_config, first_line
+from shapes import Shapes
+from tools.benchmark import hardware, interleave, ratio_to_dense
+from tools.predict import METADATA, Runner, load_onnx, require_packages
+from utils import UserError, log
+
+NUM_IMAGES = 64
+CHECKED_BATCHES = (1, 5, 58)  # of a dynamic batch; NUM_IMAGES together
+MEASURED_BATCHES = (1, 8)
+TOLERANCE = 1e-4  # of float32 outputs, in units of their standard deviation where that is above 1
+FP16_TOLERANCE = 0.1  # of the median image, in standard deviations
+NUDGE, NUM_NUDGES = 1e-6, 4  # see undecided_images
+MAX_ONNX_BYTES = 2**31 - 2**20  # what one file can hold
+
+# Runs a torch.export program in a process that has nothing but torch.
+RUN_TORCH = """
+import sys, torch
+program, images, outputs = sys.argv[1:]
+model = torch.export.load(program).module()
+torch.save([model(batch) for batch in torch.load(images)], outputs)
+assert "timm" not in sys.modules
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder of save_pretrained's, or user/name on the hub")
+    parser.add_argument(
+        "--onnx", type=Path, metavar="FILE.onnx", help="for ONNX Runtime and everything that reads ONNX"
+    )
+    parser.add_argument("--torch", type=Path, metavar="FILE.pt2", help="for torch.export.load")
+    parser.add_argument(
+        "--aoti", type=Path, metavar="FILE.pt2", help="for torch._inductor.aoti_load_package; needs a C++ compiler"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="images in a batch (default: 1)")
+    parser.add_argument("--dynamic-batch", action="store_true", help="any number of images instead")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="of weights and arithmetic; images and outputs stay float32. fp16 is for GPUs",
+    )
+    parser.add_argument("--images", type=Path, help="folder of photos to check with (default: generated images)")
+    parser.add_argument("--repeats", type=int, default=20, help="rounds that are measured, after a warm-up")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    wanted = check(args)
+    model = from_pretrained(args.model)
+    images = read_images(model.spec, args.images)
+    log(f"{args.model}: {model.spec.arch}; checked on {len(images)} {describe_images(args.images)}")
+    batch = None if args.dynamic_batch else args.batch_size
+    half = args.precision == "fp16"
+    for kind, path in wanted.items():
+        with written_whole(path) as temporary:
+            WRITERS[kind](exportable(model, half), model.spec, temporary, batch)
+        log(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+        check_file(kind, path, model, images, batch, half)
+    if not model.spec.dense:
+        measure(model, wanted, batch, half, args.repeats)
+
+
+def check(args: argparse.Namespace) -> dict[str, Path]:
+    """The files to write, by kind. Before anything is done, UserError for what would stop it later."""
+    wanted = {kind: getattr(args, kind) for kind in WRITERS if getattr(args, kind) is not None}
+    if not wanted:
+        raise UserError("nothing to write; give --onnx FILE.onnx, --torch FILE.pt2 or --aoti FILE.pt2")
+    if args.batch_size < 1 or args.repeats < 1:
+        raise UserError("--batch-size and --repeats must be at least 1")
+    if args.dynamic_batch and args.batch_size != 1:
+        raise UserError("--dynamic-batch takes any number of images; leave out --batch-size")
+    for kind, path in wanted.items():
+        suffix = ".onnx" if kind == "onnx" else ".pt2"
+        if path.suffix != suffix:
+            raise UserError(f"--{kind} writes a {suffix} file, and {path} is named otherwise")
+        if path.exists():
+            raise UserError(f"{path} exists; remove it, or choose another name")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"cannot write {path}: its folder does not exist or cannot be written to")
+    if len(set(wanted.values())) < len(wanted):
+        raise UserError("--torch and --aoti need a file each")
+    if args.images and not args.images.is_dir():
+        raise UserError(f"no such folder: {args.images}")
+    if "onnx" in wanted:
+        require_packages("onnx", "onnxscript", "onnxruntime")
+    return wanted
+
+
+def read_images(spec: ModelSpec, folder: Path | None) -> Tensor:
+    """(64, 3, H, W), prepared as the model wants it: photos of the folder, again from the first if there are fewer."""
+    if folder is None:
+        shapes = Shapes(train=False, size=max(32, *data_config(spec)["input_size"][1:]), length=NUM_IMAGES)
+        found = [shapes[i][0] for i in range(NUM_IMAGES)]
+    else:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)[:NUM_IMAGES]
+        if not paths:
+            raise UserError(f"no images in {folder}")
+        found = [open_image(path) for path in paths]
+    transform = create_transform(**data_config(spec))
+    return torch.stack([transform(image) for image in itertools.islice(itertools.cycle(found), NUM_IMAGES)])
+
+
+def describe_images(folder: Path | None) -> str:
+    return f"photos of {folder}" if folder else "generated images (--images FOLDER takes photos)"
+
+
+class Half(nn.Module):
+    """float16 inside; float32 images and outputs, so that callers need not care."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.half()).float()
+
+
+def exportable(model: nn.Module, half: bool) -> nn.Module:
+    """A copy of it in the precision asked for, in eval mode."""
+    copy = build_model(model.spec)
+    copy.load_state_dict(model.state_dict())
+    return (Half(copy.half()) if half else copy).eval()
+
+
+def trace(model: nn.Module, spec: ModelSpec, batch: int | None) -> torch.export.ExportedProgram:
+    """batch: None for any number of images."""
+    images = torch.randn(2 if batch is None else batch, *data_config(spec)["input_size"])
+    shapes = ({0: torch.export.Dim("batch")},) if batch is None else None
+    with torch.no_grad():
+        return torch.export.export(model, (images,), dynamic_shapes=shapes)
+
+
+def write_onnx(model: nn.Module, spec: ModelSpec, path: Path, batch: int | None) -> None:
+    """One file, which carries the model's description for tools.predict."""
+    size = sum(value.nbytes for value in model.state_dict().values())
+    if size > MAX_ONNX_BYTES:
+        raise UserError(
+            f"an ONNX file holds 2 GiB at most, and the weights are {size / 2**30:.1f}; try --precision fp16"
+        )
+    program = torch.onnx.export(
+        trace(model, spec, batch),
+        input_names=["images"],
+        output_names=["logits" if spec.num_classes else "embedding"],
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props[METADATA] = config_text(spec)
+    program.save(path, external_data=False)
+
+
+def write_torch(model: nn.Module, spec: ModelSpec, path: Path, batch: int | None) -> None:
+    torch.export.save(trace(model, spec, batch), path, extra_files={"config.json": config_text(spec)})
+
+
+def write_aoti(model: nn.Module, spec: ModelSpec, path: Path, batch: int | None) -> None:
+    torch._inductor.aoti_compile_and_package(trace(model, spec, batch), package_path=str(path))
+
+
+WRITERS = {"onnx": write_onnx, "torch": write_torch, "aoti": write_aoti}
+
+
+def load_runner(kind: str, path: Path) -> Runner:
+    if kind == "onnx":
+        return load_onnx(path)[0]
+    if kind == "torch":
+        return torch.no_grad()(torch.export.load(path).module())
+    return torch._inductor.aoti_load_package(str(path))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write: it gets its name at the end only. UserError for all that can go wrong in exporting."""
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except UserError:
+        raise
+    except Exception as error:  # exporters, their compilers and the disk fail in ways of their own
+        raise UserError(f"cannot export to {path} ({type(error).__name__}: {first_line(error)})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run_alone(path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a torch.export program in a process that cannot see our code."""
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = Path(folder, "images.pt"), Path(folder, "outputs.pt")
+        torch.save([batch.clone() for batch in batches], inputs)
+        command = [sys.executable, "-I", "-c", RUN_TORCH, path.absolute(), inputs, outputs]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(f"{path} does not load with torch alone ({result.stderr.splitlines()[-1]})")
+        return torch.load(outputs)
+
+
+def check_file(kind: str, path: Path, model: nn.Module, images: Tensor, batch: int | None, half: bool) -> None:
+    """Raises UserError unless the file gives what the model gives."""
+    batches = images.split(CHECKED_BATCHES) if batch is None else split_evenly(images, batch)
+    if kind == "torch":
+        outputs = run_alone(path, batches)
+    else:
+        run = load_runner(kind, path)
+        outputs = [run(part) for part in batches]
+    found = torch.cat(outputs)[: len(images)].float()
+    log(f"{path}: {compare(model, images, found, half)}")
+
+
+def split_evenly(images: Tensor, batch: int) -> Sequence[Tensor]:
+    """Batches of one size, the last one filled up from the first images."""
+    length = -(-len(images) // batch) * batch
+    return images.repeat(-(-length // len(images)), 1, 1, 1)[:length].split(batch)
+
+
+@torch.inference_mode()
+def compare(model: nn.Module, images: Tensor, found: Tensor, half: bool) -> str:
+    """The finding in a line. Raises UserError if the outputs differ by more than rounding explains."""
+    expected = model(images)
+    unit = max(1.0, float(expected.std()))
+    differences = (found - expected).abs().amax(dim=1) / unit
+    if half:
+        same = int((found.argmax(dim=1) == expected.argmax(dim=1)).sum())
+        if not differences.median() <= FP16_TOLERANCE:
+            raise UserError(
+                f"float16 changes the outputs too much for this model (by {float(differences.median()):.2g})"
+            )
+        return (
+            f"outputs differ from float32's by {float(differences.max()):.1e} at most; "
+            f"the largest is the same in {same} of {len(images)}"
+        )
+    off = ~(differences <= TOLERANCE)
+    undecided = off & undecided_images(model, images, expected, unit) if off.any() else off
+    if (off & ~undecided).any():
+        raise UserError(
+            f"{int((off & ~undecided).sum())} of {len(images)} outputs differ from PyTorch's "
+            f"by up to {float(differences[off & ~undecided].max()):.1e}: the exported file is not to be used"
+        )
+    text = f"{int((~off).sum())} of {len(images)} outputs within {TOLERANCE} of PyTorch's"
+    if not off.all():
+        text += f" (at most {float(differences[~off].max()):.1e})"
+    if undecided.any():
+        text += (
+            f"; in the other {int(undecided.sum())} two tokens score so nearly alike that rounding chooses between "
+            "them, in PyTorch too"
+        )
+    return text
+
+
+def undecided_images(model: nn.Module, images: Tensor, expected: Tensor, unit: float) -> Tensor:
+    """(B,) booleans: whether PyTorch's own output leaves the tolerance when pixels change by no more than rounding.
+
+    Which of two tokens with nearly the same score is dropped is decided by the last bits, and those
+    differ between runtimes as they do between two machines.
+    """
+    generator = torch.Generator().manual_seed(0)
+    undecided = torch.zeros(len(images), dtype=torch.bool)
+    for _ in range(NUM_NUDGES):
+        nudged = images + NUDGE * torch.randn(images.shape, generator=generator)
+        undecided |= (model(nudged) - expected).abs().amax(dim=1) / unit > TOLERANCE
+    return undecided
+
+
+def measure(model: nn.Module, wanted: dict[str, Path], batch: int | None, half: bool, repeats: int) -> None:
+    """Prints how long a batch takes, of the dense model and of this one, alternately in one process."""
+    dense = build_model(model.spec.as_dense())
+    names = dense.state_dict().keys()
+    dense.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
+    log(f"\n{hardware('cpu')}\n{'runtime':>12} {'batch':>5} {'dense ms':>9} {'dynamic ms':>10} {'ratio':>6}")
+    for kind, path in wanted.items():
+        with tempfile.TemporaryDirectory() as folder:
+            dense_path = Path(folder, f"dense{path.suffix}")
+            WRITERS[kind](exportable(dense, half), dense.spec, dense_path, batch)
+            runners = {"dense": load_runner(kind, dense_path), "dynamic": load_runner(kind, path)}
+        for size in MEASURED_BATCHES if batch is None else (batch,):
+            images = torch.randn(size, *data_config(model.spec)["input_size"])
+            seconds = interleave({n: ignoring_labels(run) for n, run in runners.items()}, images, images, repeats, 1)
+            dense_ms, dynamic_ms = (1e3 * float(np.median(seconds[name])) for name in runners)
+            ratio = ratio_to_dense(seconds, "dynamic")
+            log(f"{RUNTIMES[kind]:>12} {size:5} {dense_ms:9.2f} {dynamic_ms:10.2f} {ratio:6.2f}")
+
+
+RUNTIMES = {"onnx": "ONNX Runtime", "torch": "torch.export", "aoti": "AOTInductor"}
+
+
+def ignoring_labels(run: Runner) -> Callable[[Tensor, Tensor], None]:
+    """As benchmark's interleave calls it."""
+    return lambda images, _: run(images)
+
+
+def command(argv: Sequence[str] | None = None) -> None:
+    main(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(utils.exit_status(command))

@@ -1,0 +1,115 @@
+"""Says what a saved or an exported model sees in photos: its top five classes, or the photos' embeddings.
+
+python -m tools.predict fast/ photo.jpg              # a folder of save_pretrained's
+python -m tools.predict user/name photo.jpg          # the same on the Hugging Face hub
+python -m tools.predict fast.onnx one.jpg two.jpg    # a file of tools.export's, in ONNX Runtime
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.data import ImageNetInfo, create_transform
+from torch import Tensor
+
+import utils
+from datasets import open_image
+from models import ModelSpec, from_pretrained
+from models.saved import data_config, parse_config
+from utils import UserError
+
+TOP = 5
+METADATA = "dynamicvit"  # under this name an ONNX file carries what config.json holds
+
+Runner = Callable[[Tensor], Tensor]  # (B, 3, H, W) preprocessed images -> (B, classes) logits or embeddings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="folder of save_pretrained's, user/name on the hub, or .onnx file")
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_saved(args.model)
+    transform = create_transform(**data_config(spec))
+    outputs = [run(transform(open_image(path))[None])[0] for path in args.photos]
+    if spec.num_classes == 0:
+        print_embeddings(args.photos, outputs)
+        return
+    names = class_names(spec)
+    for path, logits in zip(args.photos, outputs, strict=True):
+        print(path)
+        probabilities, classes = logits.softmax(dim=-1).topk(min(TOP, len(names)))
+        for probability, index in zip(probabilities.tolist(), classes.tolist(), strict=True):
+            print(f"  {probability:6.1%}  {names[index]}")
+
+
+def load_saved(source: str) -> tuple[Runner, ModelSpec]:
+    model = from_pretrained(source)
+    return torch.inference_mode()(model), model.spec
+
+
+def load_onnx(path: Path) -> tuple[Runner, ModelSpec]:
+    """A file of tools.export's in ONNX Runtime on the CPU, with as many threads as torch has, and its description."""
+    require_packages("onnxruntime")
+    import onnxruntime
+
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has an error type for every cause
+        raise UserError(f"{path} is no ONNX file that ONNX Runtime can run ({str(error).splitlines()[0]})") from error
+    metadata = session.get_modelmeta().custom_metadata_map
+    if METADATA not in metadata:
+        raise UserError(f"{path} does not say how its images are to be prepared; export it with tools.export")
+    spec, _ = parse_config(metadata[METADATA], path)
+    batch = session.get_inputs()[0].shape[0]
+
+    def run(images: Tensor) -> Tensor:
+        wanted = batch if isinstance(batch, int) else len(images)  # a fixed batch is filled with copies
+        filled = images.repeat(-(-wanted // len(images)), 1, 1, 1)[:wanted]
+        return torch.from_numpy(session.run(None, {"images": filled.numpy()})[0])[: len(images)]
+
+    return run, spec
+
+
+def require_packages(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"needs {', '.join(missing)}: pip install -r requirements-export.txt")
+
+
+def class_names(spec: ModelSpec) -> Sequence[str]:
+    """The model's own, else ImageNet's for a thousand classes, else numbers."""
+    if spec.class_names is not None:
+        return spec.class_names
+    if spec.num_classes == 1000:
+        return [name.split(",")[0] for name in ImageNetInfo("imagenet-1k").label_descriptions()]
+    return [f"class {i}" for i in range(spec.num_classes)]
+
+
+def print_embeddings(photos: Sequence[Path], embeddings: Sequence[Tensor]) -> None:
+    """Size and norm of each, and how similar to the first one it is."""
+    for path, embedding in zip(photos, embeddings, strict=True):
+        print(f"{path}: embedding of {len(embedding)} numbers, norm {embedding.norm():.3f}")
+    for path, embedding in zip(photos[1:], embeddings[1:], strict=True):
+        print(f"cosine of {photos[0]} and {path}: {F.cosine_similarity(embeddings[0], embedding, dim=0):.4f}")
+
+
+def command(argv: Sequence[str] | None = None) -> None:
+    main(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(utils.exit_status(command))
