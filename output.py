@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from checkpoints import CheckpointWriter, Progress, RunState, temporary_path
 from datasets import AugmentedDataset
 from errors import UserError
-from pictures import prune, sheet_of_heat_maps, sheet_of_strips
+from pictures import has_fast_path, prune, sheet_of_heat_maps, sheet_of_strips
 from utils import is_main_process
 
 NUM_PICTURES, NUM_HISTOGRAM_IMAGES = 4, 32  # validation images, the same ones every epoch
@@ -82,11 +82,12 @@ class Output:
     def _write_pictures(self, model: nn.Module, epoch: int) -> None:
         trace = prune(model, self.sample)
         shown = self.sample[:NUM_PICTURES]
-        self.events.add_image("kept patches", sheet_of_strips(shown, trace), epoch)
+        self.events.add_image("kept patches", sheet_of_strips(shown, trace, has_fast_path(model)), epoch)
         self.events.add_image("keep scores", sheet_of_heat_maps(shown, trace), epoch)
         if model.scorer != "predictor":
             return
-        # as training draws them, the mean probability to be kept; 0 for a token dropped at an earlier stage
+        # as training draws them, the mean probability to be kept; 0 for a token dropped at an earlier stage,
+        # and a merged token counts as the patches in it
         expected_share = trace.scores.nan_to_num(0.0).mean(dim=2)
         for stage, shares in enumerate(expected_share.unbind(dim=1)):
             self.events.add_histogram(f"kept share per image/stage {stage}", shares, epoch)

@@ -1,7 +1,8 @@
-"""Draws what a dynamic model keeps of an image.
+"""Draws what a dynamic model makes of an image's patches: which leave, which become one token, which scores they get.
 
 A picture is a (3, H, W) uint8 tensor. A grid is the (rows, columns) of an image's N patches, which
-are numbered row by row. B images, S pruning stages, K patches kept at a stage.
+are numbered row by row. B images, S pruning stages. Groups are those of models.pruning.Trace: for each
+patch the patch whose token it is part of, -1 where it is part of none.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,10 @@ HEAT_OPACITY = 0.6
 TEXT_SIZE = 14
 MIN_TEXT_SIZE = 8
 TEXT_INDENT = 2
+FADED = 0.7  # how far a location on the fast path is on its way to light grey
+LIGHT_GREY = 232
+BORDER, BORDER_OPACITY = 255, 0.75  # white, thin as a pixel
+MOST_STAGES = 3  # in a strip that does not show all
 FRAME_SECONDS, LAST_FRAME_SECONDS = 0.8, 2.0
 
 
@@ -33,7 +38,7 @@ FRAME_SECONDS, LAST_FRAME_SECONDS = 0.8, 2.0
 def prune(model: nn.Module, images: Tensor) -> Trace:
     """What a dynamic model does with (B, 3, H, W) uint8 images; leaves it in the mode in which it was.
 
-    A predictor's scores become probabilities of being kept.
+    A predictor's scores become probabilities of being kept. Merged patches have the score of their token.
     """
     was_training = model.training
     preprocessing = model.spec.preprocessing
@@ -43,30 +48,74 @@ def prune(model: nn.Module, images: Tensor) -> Trace:
         trace = model.trace(BatchTransform(device, preprocessing.mean, preprocessing.std)(images))
     finally:
         model.train(was_training)
-    return trace._replace(scores=trace.scores.exp()) if model.scorer == "predictor" else trace
+    scores = trace.scores.exp() if model.scorer == "predictor" else trace.scores
+    return trace._replace(scores=share_scores(scores, trace.groups))
 
 
-def keep_mask(kept: Sequence[Tensor], grid: Grid) -> Tensor:
-    """By stage the (K,) patches kept -> (S, rows, columns) booleans."""
-    mask = torch.zeros(len(kept), grid[0] * grid[1], dtype=torch.bool)
-    for stage, indices in enumerate(kept):
-        mask[stage, indices.cpu()] = True
-    return mask.unflatten(1, grid)
+def share_scores(scores: Tensor, groups: Tensor) -> Tensor:
+    """(B, S, N) scores, where a patch that has merged before a stage gets that of the token it is part of."""
+    before, later = groups[:, :-1], scores[:, 1:]
+    shared = later.gather(2, before.clamp(min=0))
+    return torch.cat([scores[:, :1], torch.where(later.isnan() & (before >= 0), shared, later)], dim=1)
+
+
+def has_fast_path(model: nn.Module) -> bool:
+    """Whether what is not kept stays, on a shorter way, as in a dynamic Swin or ConvNeXt; it is then drawn faded."""
+    return model.reducer == "fast path"
 
 
 def spread_patches(values: Tensor, picture: Tensor) -> Tensor:
-    """(rows, columns) values of patches -> (H, W) values of the picture's pixels."""
-    height, width = picture.shape[-2:]
-    rows, columns = values.shape
-    if height % rows or width % columns:
-        raise ValueError(f"a picture of {height} x {width} pixels cannot be cut into {rows} x {columns} patches")
-    return values.repeat_interleave(height // rows, dim=0).repeat_interleave(width // columns, dim=1)
+    """(rows, columns) values of patches -> (H, W) values of the picture's pixels, cut up as evenly as can be."""
+    (height, width), (rows, columns) = picture.shape[-2:], values.shape
+    return values[torch.arange(height) * rows // height][:, torch.arange(width) * columns // width]
 
 
-def panels(image: Tensor, kept: Sequence[Tensor], grid: Grid) -> Tensor:
-    """(S + 1, 3, H, W): the image, then for each stage the image with its dropped patches white."""
-    stages = [image.masked_fill(~spread_patches(mask, image), WHITE) for mask in keep_mask(kept, grid)]
-    return torch.stack([image, *stages])
+def stage_panel(image: Tensor, groups: Tensor, grid: Grid, fast_path: bool = False) -> Tensor:
+    """The image after a stage, (N,) groups: patches that are one token have their mean colour and a border.
+
+    A patch that is a token of its own looks as it is. What has left is white, or faded if it is on a fast path.
+    """
+    groups = groups.cpu()
+    sizes = torch.bincount(groups.clamp(min=0)[groups >= 0], minlength=len(groups))
+    is_merged = (groups >= 0) & (sizes[groups.clamp(min=0)] > 1)
+    of_pixel = spread_patches(groups.unflatten(0, grid), image)
+    merged = spread_patches(is_merged.unflatten(0, grid), image)
+    panel = torch.where(merged, group_means(image, of_pixel.clamp(min=0), len(groups)), image)
+    border = group_borders(of_pixel, merged)
+    panel = torch.where(border, blend(panel, BORDER, BORDER_OPACITY), panel)
+    left = blend(panel.float().mean(dim=0).expand_as(panel), LIGHT_GREY, FADED) if fast_path else WHITE
+    return torch.where(of_pixel < 0, left, panel).byte()
+
+
+def group_means(image: Tensor, of_pixel: Tensor, num_groups: int) -> Tensor:
+    """(H, W) groups of pixels -> (3, H, W): every pixel in the mean colour of its group."""
+    index, colours = of_pixel.flatten(), image.flatten(1).float()
+    sums = torch.zeros(3, num_groups).index_add(1, index, colours)
+    means = sums / torch.bincount(index, minlength=num_groups).clamp(min=1)
+    return means[:, of_pixel].round().byte()
+
+
+def group_borders(of_pixel: Tensor, merged: Tensor) -> Tensor:
+    """(H, W) booleans: the first row or column of pixels of another group, where one of the two has merged."""
+    borders = torch.zeros_like(merged)
+    borders[1:] |= (of_pixel[1:] != of_pixel[:-1]) & (merged[1:] | merged[:-1])
+    borders[:, 1:] |= (of_pixel[:, 1:] != of_pixel[:, :-1]) & (merged[:, 1:] | merged[:, :-1])
+    return borders
+
+
+def blend(picture: Tensor, grey: int, opacity: float) -> Tensor:
+    return (opacity * grey + (1 - opacity) * picture.float()).round().byte()
+
+
+def panels(image: Tensor, groups: Tensor, grid: Grid, fast_path: bool = False) -> Tensor:
+    """(S + 1, 3, H, W): the image, then what is left of it after each stage, (S, N) groups."""
+    return torch.stack([image, *(stage_panel(image, stage, grid, fast_path) for stage in groups)])
+
+
+def shown_stages(num_stages: int) -> list[int]:
+    """All stages if they are few, else the first, the last and some between them, evenly spaced."""
+    shown = min(num_stages, MOST_STAGES)
+    return [round(i * (num_stages - 1) / max(1, shown - 1)) for i in range(shown)]
 
 
 def side_by_side(pictures: Sequence[Tensor] | Tensor) -> Tensor:
@@ -74,9 +123,9 @@ def side_by_side(pictures: Sequence[Tensor] | Tensor) -> Tensor:
     return make_grid(torch.stack([*pictures]), nrow=len(pictures), padding=GAP, pad_value=PAGE)
 
 
-def strip(image: Tensor, kept: Sequence[Tensor], grid: Grid) -> Tensor:
-    """The panels of an image in a row."""
-    return side_by_side(panels(image, kept, grid))
+def strip(image: Tensor, groups: Tensor, grid: Grid, fast_path: bool = False) -> Tensor:
+    """The image and its shown stages in a row; (S, N) groups."""
+    return side_by_side(panels(image, groups[shown_stages(len(groups))], grid, fast_path))
 
 
 def heat_map(scores: Tensor, grid: Grid, image: Tensor) -> Tensor:
@@ -98,8 +147,8 @@ def heat_colours(levels: Tensor) -> Tensor:
 
 
 def heat_strip(image: Tensor, scores: Tensor, grid: Grid) -> Tensor:
-    """The image and the heat map of each stage's (N,) scores, in a row."""
-    return side_by_side([image, *(heat_map(stage_scores, grid, image) for stage_scores in scores)])
+    """The image and the heat maps of its shown stages in a row; (S, N) scores."""
+    return side_by_side([image, *(heat_map(scores[stage], grid, image) for stage in shown_stages(len(scores)))])
 
 
 def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
@@ -109,9 +158,9 @@ def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
     return make_grid(torch.stack([*pictures]), nrow=columns, padding=GAP, pad_value=PAGE)
 
 
-def sheet_of_strips(images: Tensor, trace: Trace) -> Tensor:
+def sheet_of_strips(images: Tensor, trace: Trace, fast_path: bool = False) -> Tensor:
     """The strips of (B, 3, H, W) uint8 images, of which the trace may hold more."""
-    return contact_sheet([strip(image, [k[b] for k in trace.kept], trace.grid) for b, image in enumerate(images)])
+    return contact_sheet([strip(image, trace.groups[b], trace.grid, fast_path) for b, image in enumerate(images)])
 
 
 def sheet_of_heat_maps(images: Tensor, trace: Trace) -> Tensor:
