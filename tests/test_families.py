@@ -146,7 +146,8 @@ def test_merged_token_counts_as_its_copies(dense: nn.Module) -> None:
     calls = []
     for block in model.blocks[2:]:
         block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True)
-    logits, _, _, groups = model.trace(image)
+    trace = model.trace(image)
+    logits, groups = trace.logits, trace.groups
     x = calls[0][0]
     num_prefix = x.shape[1] - 8
     kept = groups[0, 0].unique()
