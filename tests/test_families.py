@@ -106,7 +106,7 @@ def test_half_the_tokens(dense: nn.Module) -> None:
         model = dynamic(dense, scorer, reducer)
         assert count_gflops(model, images.shape[-1]) < dense_gflops
         trace = model.trace(images)
-        assert trace.logits.shape == (2, 5) and trace.logits.isfinite().all()
+        assert trace.logits.shape == (2, 5) and trace.logits.isfinite().all() and trace.grid == (4, 4)
         assert [stage.shape for stage in trace.kept] == [(2, 12), (2, 8)]
         for stage, kept in enumerate(trace.kept):
             best = trace.scores[:, stage].nan_to_num(-torch.inf).topk(kept.shape[1], dim=1).indices
