@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from models import ModelError
-from signals import Stopped, end_loader_processes, ignore_stop_signals
+from signals import Stopped, die_of_stop_signals, end_loader_processes, ignore_stop_signals
 from utils import LaunchError, is_main_process, log
 
 
@@ -34,6 +34,7 @@ def exit_status(command: Callable[[], None]) -> int:
         log(str(stopped))
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        die_of_stop_signals()
         end_loader_processes()  # before their loaders are taken apart, of which they would complain
         if isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr, flush=True)

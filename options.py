@@ -15,7 +15,17 @@ from checkpoints import BEST, LAST, Place, spec_of
 from clocks import SaveClock
 from datasets import DATA_SETS, Augmentation, DataOptions
 from errors import UserError
-from models import ARCHS, REDUCERS, SCORERS, ModelSpec, build_model, find_weights, load_weights, read_checkpoint
+from models import (
+    ARCHS,
+    REDUCERS,
+    SCORERS,
+    ModelSpec,
+    build_model,
+    find_weights,
+    load_weights,
+    looks_like_saved,
+    read_checkpoint,
+)
 from models.pretrained import num_classes_of
 from models.spec import SIZES
 from recipe import AMP_DTYPES, RECIPES, Recipe
@@ -319,7 +329,9 @@ def model_spec(args: argparse.Namespace, base: ModelSpec | None, resumed: bool) 
 
     resumed: the checkpoint is that of the model itself, and not of a dense one that it starts from.
     """
-    dense = args.dense or (resumed and base is not None and base.dense)
+    if resumed and base is not None and base.dense != args.dense and not args.eval:
+        raise UserError("the run to resume trained another kind of model; start from it with --pretrained")
+    dense = args.dense or (args.eval and resumed and base is not None and base.dense)
     spec = with_flags(args, base or ModelSpec(), dense)
     if resumed and base is not None:
         for difference in base.differences(spec):
@@ -378,7 +390,7 @@ def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool]:
 def locate_checkpoint(resume: str | None) -> Path:
     """The file that --resume means: a file, a run's folder, or None for the newest run under logs/."""
     folder = Path(resume) if resume else newest_run()
-    if not folder.is_dir():
+    if not folder.is_dir() or looks_like_saved(folder):
         return folder
     for name in (BEST, LAST):
         if (folder / name).is_file():
@@ -396,7 +408,7 @@ def newest_run() -> Path:
 def changes(args: argparse.Namespace, content: dict[str, Any]) -> list[str]:
     """What the flags ask for otherwise than a checkpoint was written with."""
     base = spec_of(content)
-    spec = with_flags(args, base or ModelSpec(), args.dense or bool(base and base.dense))
+    spec = with_flags(args, base or ModelSpec(), args.dense)
     earlier = content.get("args", {})
     now = vars(with_recipe(args, spec))
     different = [

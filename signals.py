@@ -33,6 +33,12 @@ class Stopped(Exception):
     """A signal has ended the run, and all that was worth keeping is saved."""
 
 
+def die_of_stop_signals() -> None:
+    """For a program that has failed: its launcher need not wait for it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def ignore_stop_signals(_worker: int | None = None) -> None:
     """For loader processes, which their trainer ends after it has saved, and for a program that is ending anyway."""
     for number in STOP_SIGNALS:

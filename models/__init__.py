@@ -1,11 +1,11 @@
 from .factory import ARCHS, build_model, create_model, geometric_keep_rates, gives_embeddings, make_dynamic
 from .lvvit import combine_heads
-from .pretrained import CheckpointError, find_weights, load_weights, read_checkpoint
+from .pretrained import find_weights, load_weights, read_checkpoint
 from .reducers import REDUCERS
 from .saved import from_pretrained, looks_like_saved, save_pretrained
 from .scorers import SCORERS
 from .spatial import arithmetic_keep_rates
-from .spec import ModelError, ModelSpec, Preprocessing
+from .spec import CheckpointError, ModelError, ModelSpec, Preprocessing
 from .teacher import Teacher, build_teacher
 from .version import __version__
 

@@ -15,10 +15,9 @@ from timm.models import ConvNeXt, SwinTransformer
 from torch import Tensor, nn
 
 from .factory import ARCHS, check_known
+from .saved import looks_like_saved, read_saved
 from .spatial import map_published
-from .spec import ModelError, ModelSpec
-
-StateDict = dict[str, Tensor]
+from .spec import CheckpointError, ModelSpec, StateDict
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 WEIGHT_KEYS = ("model", "state_dict")  # ours and DeiT's, timm's; else the file is a bare state dict
@@ -27,13 +26,15 @@ HEADS = ("head", "aux_head", "head_dist", "head.fc")  # of all families
 NEW = ("score_predictor", "fast_path", "fastmlp")  # in the names of what a dynamic model adds to its backbone
 
 
-class CheckpointError(ModelError):
-    """A file that is no usable checkpoint, or weights that do not fit; the message is for the user."""
-
-
 def read_checkpoint(path: str | Path) -> dict:
-    """Everything that a .pth, .tar or .safetensors file holds, on the CPU. Raises CheckpointError."""
+    """Everything that a .pth, .tar or .safetensors file or a saved model's folder holds, on the CPU.
+
+    Raises CheckpointError.
+    """
     path = Path(path)
+    if looks_like_saved(path):
+        spec, weights = read_saved(path)
+        return {"model": weights, "spec": spec.to_dict()}
     if not path.is_file():
         raise CheckpointError(f"no such file: {path}")
     try:

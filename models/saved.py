@@ -24,8 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .factory import build_model, one_side
-from .pretrained import CheckpointError, StateDict
-from .spec import ModelError, ModelSpec, Preprocessing
+from .spec import CheckpointError, ModelError, ModelSpec, Preprocessing, StateDict
 from .version import __version__
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

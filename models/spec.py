@@ -7,10 +7,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
 
 
 class ModelError(ValueError):
     """A model that cannot be built or used as asked for; the message is for the user."""
+
+
+class CheckpointError(ModelError):
+    """A file that is no usable checkpoint, or weights that do not fit; the message is for the user."""
 
 
 @dataclass(frozen=True)

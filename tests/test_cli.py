@@ -212,7 +212,12 @@ class TestBadInput:
         broken = tmp_path / "val" / "cats" / "1.jpg"
         broken.write_bytes(broken.read_bytes()[:300])
         args = [*TINY_RUN, "--dense", "--data-path", tmp_path, "--num-workers", workers]
-        refused(args, "cannot read image", str(broken))
+        if workers == "0":
+            refused(args, "cannot read image", str(broken))
+            return
+        result = run_main(*args)  # not in this process, which would take the loaders apart when it likes
+        assert result.returncode == 2 and result.stderr.startswith(f"error: cannot read image {broken}")
+        assert result.stderr.count("\n") == 1
 
     def test_classes_that_do_not_fit_the_weights(self, refused, tmp_path: Path, dense_run: Path) -> None:
         for name in ("a", "b", "c"):

@@ -44,7 +44,6 @@ FAMILIES = {
 }
 
 
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_saved_comes_back(tmp_path: Path, family: str) -> None:
     model = FAMILIES[family]()

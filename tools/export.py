@@ -22,14 +22,14 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import utils
 from datasets import open_image
+from errors import UserError, exit_status
 from models import ModelSpec, build_model, from_pretrained
 from models.saved import config_text, data_config, first_line
 from shapes import Shapes
 from tools.benchmark import hardware, interleave, ratio_to_dense
 from tools.predict import METADATA, Runner, load_onnx, require_packages
-from utils import UserError, log
+from utils import log
 
 NUM_IMAGES = 64
 CHECKED_BATCHES = (1, 5, 58)  # of a dynamic batch; NUM_IMAGES together
@@ -322,4 +322,4 @@ def command(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(utils.exit_status(command))
+    sys.exit(exit_status(command))

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, create_transform
 from torch import Tensor
 
-import utils
 from datasets import open_image
+from errors import UserError, exit_status
 from models import ModelSpec, from_pretrained
 from models.saved import data_config, parse_config
-from utils import UserError
 
 TOP = 5
 METADATA = "dynamicvit"  # under this name an ONNX file carries what config.json holds
@@ -112,4 +111,4 @@ def command(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(utils.exit_status(command))
+    sys.exit(exit_status(command))
