@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from datasets import Augmentation, BatchTransform
 from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
-from models import Teacher
+from models import Teacher, gives_embeddings
 from utils import get_world_size
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -222,7 +222,7 @@ def build_criterion(recipe: Recipe, model: nn.Module, teacher: Teacher | None, m
         mse_token=not model.tokens_are_logits,
         cls_weight=recipe.cls_weight,
         token_weight=recipe.token_weight,
-        embeddings=model.num_classes == 0,
+        embeddings=gives_embeddings(model.spec),
     )
 
 
