@@ -14,6 +14,7 @@ import torch
 from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_MODEL, TINY_RUN, launch, needs_gpu, run_main, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import utils
 from clocks import SaveClock
 from errors import exit_status
 from main_dynamic_vit import command
@@ -370,3 +371,147 @@ def test_saving_by_the_clock() -> None:
 
 def test_resume_of_another_kind_of_run(refused, image_folder: Path, dense_run: Path) -> None:
     refused([*distill(image_folder, dense_run), "--resume", dense_run / "checkpoint_last.pth"], "--pretrained")
+
+
+BEFORE_SPECS = Path(__file__).parent / "run_before_specs.ckpt"  # an epoch of two, by this program of October 2026
+
+
+def test_run_from_before_there_were_descriptions(
+    image_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Its arguments describe the model: it is evaluated, resumed, and no other run is taken for it."""
+    common = ["--data-path", str(image_folder), *"--device cpu --amp off --num-workers 0".split()]
+    assert exit_status(lambda: command([*common, "--eval", "--resume", str(BEFORE_SPECS)])) == 0
+    assert "keep 60.0%, 30.0% of the tokens" in capfd.readouterr().out
+
+    dense = [*common, *"--dense --arch deit_tiny --input-size 32 --patch-size 8 --embed-dim 16 --depth 4".split()]
+    dense += "--num-heads 2 --epochs 1 --warmup-epochs 0 --batch-size 4".split()
+    assert exit_status(lambda: command([*dense, "--output-dir", str(tmp_path / "dense")])) == 0
+    shutil.copy(BEFORE_SPECS, tmp_path / "checkpoint_last.pth")
+    weights = str(tmp_path / "dense" / "checkpoint_best.pth")
+    args = [*common, *"--pruning-loc 1 2 --keep-rates 0.6 0.3 --epochs 2 --warmup-epochs 1 --batch-size 4".split()]
+    args += ["--print-freq", "2", "--distill", "--output-dir", str(tmp_path), "--pretrained", weights]
+    assert exit_status(lambda: command(args)) == 2
+    assert "--pretrained dense/checkpoint_best.pth -> " in capfd.readouterr().err
+    resume = ["--resume", str(BEFORE_SPECS), "--output-dir", str(tmp_path / "resumed")]
+    assert exit_status(lambda: command([*args, *resume])) == 0
+    assert "resumed at epoch 1, step 0" in capfd.readouterr().out
+    last = read_checkpoint(tmp_path / "resumed" / "checkpoint_last.pth")
+    assert last["epoch"] == 2 and last["spec"]["keep_rates"] == [0.6, 0.3]
+
+
+def test_evaluation_is_of_the_model_that_was_trained(
+    dynamic_run: Path, image_folder: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Without a word about it; a flag that says otherwise is obeyed and told."""
+    args = ["--eval", "--resume", str(dynamic_run), "--data-path", str(image_folder), "--device", "cpu"]
+    assert exit_status(lambda: command([*args, "--num-workers", "0"])) == 0
+    out = capfd.readouterr().out
+    assert "predictor + drop before blocks 1, 2, 3 keep 70.0%, 49.0%, 34.3%" in out and "other than" not in out
+    assert exit_status(lambda: command([*args, "--num-workers", "0", "--base-rate", "0.3"])) == 0
+    out = capfd.readouterr().out
+    assert "keep 30.0%, 9.0%, 2.7%" in out and "other than in the checkpoint: base_rate 0.7 -> 0.3" in out
+
+
+def test_evaluation_without_a_run(dense_run: Path, image_folder: Path, capfd: pytest.CaptureFixture) -> None:
+    """Dense weights, made faster on the spot, beside the dense model."""
+    args = "--eval --scorer attention --reducer merge --pruning-loc 1 2 --base-rate 0.8 --device cpu".split()
+    args += ["--num-workers", "0", "--pretrained", str(dense_run / "checkpoint_best.pth")]
+    assert exit_status(lambda: command([*args, "--data-path", str(image_folder)])) == 0
+    out = capfd.readouterr().out
+    assert "attention + merge before blocks 1, 2" in out and "agreement with dense" in out and "on 7 images" in out
+
+
+@pytest.mark.parametrize("arch", ["swin_t", "convnext_t"])
+def test_journal_models_train(arch: str, tmp_path: Path) -> None:
+    """Dense, dynamic with a teacher in two processes, evaluated from the checkpoint alone."""
+    sizes = "--embed-dim 16 --depths 1 1 4 1 --num-classes 9 --input-size 64".split()
+    sizes += "--num-heads 1 2 4 8 --window-size 2".split() if arch == "swin_t" else []
+    common = [*"--data-set SHAPES --device cpu --amp off --num-workers 0 --batch-size 250".split()]
+    common += "--epochs 1 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0 --print-freq 4 --repeated-aug".split()
+    dense = run_main("--arch", arch, *sizes, *common, "--dense", "--output-dir", tmp_path / "dense")
+    assert dense.returncode == 0, dense.stderr
+    options = ["--distill", "--dist-eval", "--pretrained", tmp_path / "dense" / "checkpoint_last.pth"]
+    options += ["--output-dir", tmp_path / "dynamic"]
+    launcher = [*TORCHRUN, "--nproc_per_node=2", str(MAIN)]
+    dynamic = launch([*launcher, *common, *map(str, options)])
+    assert dynamic.returncode == 0, dynamic.stderr
+    (record,) = map(json.loads, (tmp_path / "dynamic" / "log.txt").read_text().splitlines())
+    assert record["val/images"] == 2000 and 0 < record["train/token"] < 10
+    evaluated = run_main("--eval", "--resume", tmp_path / "dynamic", "--data-set", "SHAPES", "--device", "cpu")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "keep 70.0%, 50.0%, 30.0%" in evaluated.stdout and "on 2000 images" in evaluated.stdout
+
+
+class TestLaunching:
+    """What the environment says of other processes, where there are none."""
+
+    @pytest.mark.parametrize(
+        ("environment", "expected"),
+        [
+            ({"RANK": "1"}, "WORLD_SIZE"),
+            ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR"),
+            ({"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK=x"),
+        ],
+    )
+    def test_half_an_environment(
+        self, refused, environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        refused([*TINY_RUN, "--dense", "--data-set", "SHAPES"], expected, "torchrun")
+
+    def test_missing_processes_are_named(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+        monkeypatch.setattr(utils, "WARN_SECONDS", 0.2)
+        monkeypatch.setattr(utils, "START_SECONDS", 0.4)
+        for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(utils.LaunchError, match="rank 1, 2 of the 3 processes has not started within 0.4 s"):
+            utils.init_distributed(torch.device("cpu"))
+        assert "waiting: rank 1, 2 of the 3 processes" in capfd.readouterr().err
+
+    def test_gpu_build_without_a_gpu_says_so(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        assert utils.pick_device("auto").type == "cpu"
+        assert "built for GPUs" in capsys.readouterr().err
+        utils.pick_device("cpu")
+        monkeypatch.setattr(torch.version, "cuda", None)
+        monkeypatch.setattr(torch.version, "hip", None)
+        utils.pick_device("auto")
+        assert not capsys.readouterr().err
+
+
+def test_file_without_a_part_of_its_run(refused, dense_run: Path, image_folder: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(dense_run / "checkpoint_last.pth")
+    args = [*TINY_RUN, "--dense", "--data-path", image_folder]
+    for name, changes in (("sums", {"sums": []}), ("history", {"history": []}), ("scaler", {"scaler": None})):
+        broken = {**content, **changes}
+        if name == "scaler":
+            del broken["scaler"]
+        torch.save(broken, tmp_path / "file.pth")
+        refused([*args, "--resume", tmp_path / "file.pth"], name, "--pretrained")
+
+
+def test_old_torch_format_holds_a_run_too(dense_run: Path, image_folder: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(dense_run / "checkpoint_last.pth")
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    args = [*TINY_RUN, "--dense", "--data-path", str(image_folder), "--epochs", "2"]
+    assert exit_status(lambda: command([*args, "--resume", str(tmp_path / "old.pth"), "--no-compile"])) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--num-classes", "1000000000000"], "num_classes"),
+        (["--input-size", "1000000"], "img_size"),
+        (["--num-workers", "1000"], "--num-workers"),
+        (["--data-path", ""], "--data-path is missing"),
+        (["--output-dir", "/sys"], "cannot write to --output-dir /sys"),
+    ],
+)
+def test_wishes_that_cannot_be_met(refused, args: list[str], expected: str, image_folder: Path) -> None:
+    refused([*TINY_RUN, "--dense", "--data-path", image_folder, *args], expected)
