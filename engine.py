@@ -14,6 +14,7 @@ from clocks import Eta
 from datasets import IGNORED_LABEL
 from errors import UserError
 from losses import cosine_distance, kl_divergence
+from models import gives_embeddings
 from recipe import Trainer, set_rates
 from utils import derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
 
@@ -142,7 +143,7 @@ def evaluate(
             dense_logits = None if dense is None else dense(images).float()
         totals += batch_sums(logits, labels, dense_logits)
     sums = dict(zip(SUMS, (sum_over_processes(totals) if sharded else totals).tolist(), strict=True))
-    embeddings = dense is not None and dense.num_classes == 0
+    embeddings = dense is not None and gives_embeddings(dense.spec)
     return means_over_images(sums, with_dense=dense is not None, embeddings=embeddings)
 
 

@@ -1,4 +1,4 @@
-from .factory import ARCHS, build_model, create_model, geometric_keep_rates, make_dynamic
+from .factory import ARCHS, build_model, create_model, geometric_keep_rates, gives_embeddings, make_dynamic
 from .lvvit import combine_heads
 from .pretrained import find_weights, load_weights, read_checkpoint
 from .reducers import REDUCERS
@@ -27,6 +27,7 @@ __all__ = [
     "find_weights",
     "from_pretrained",
     "geometric_keep_rates",
+    "gives_embeddings",
     "load_weights",
     "looks_like_saved",
     "make_dynamic",

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.models import ConvNeXt, SwinTransformer
+from timm.models import ConvNeXt, SwinTransformer, get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -16,6 +16,7 @@ from .spec import ModelError, ModelSpec, Preprocessing
 
 DeiT = partial(VisionTransformer, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 SPATIAL = (SwinTransformer, ConvNeXt)  # no location can leave these
+IMAGE_TEXT = ("clip", "siglip", "pe_core")  # in timm's names of models that were trained on images with texts
 DEFAULT_CLASSES, DEFAULT_SIZE = 1000, 224  # of the papers' models
 
 
@@ -161,6 +162,17 @@ def check_known(arch: str) -> None:
     """Raises ModelError for a name that is neither ours nor timm's."""
     if arch not in ARCHS and not timm.is_model(arch):
         raise ModelError(f"unknown arch '{arch}'; known: {', '.join(ARCHS)}, and timm's names (timm.list_models())")
+
+
+def gives_embeddings(spec: ModelSpec) -> bool:
+    """Whether a built model's outputs are embeddings: it has no classifier, or in its place the projection that
+    an image-text model was pretrained with."""
+    if spec.num_classes == 0:
+        return True
+    if spec.arch in ARCHS or not any(part in spec.arch for part in IMAGE_TEXT):
+        return False
+    config = get_pretrained_cfg(spec.arch)
+    return config is not None and config.num_classes == spec.num_classes and "_ft_" not in f"_{config.tag}"
 
 
 def one_side(size: Sequence[int]) -> int | tuple[int, int]:

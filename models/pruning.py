@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from .eva import EvaAdapter
 from .lvvit import LVViT, LVViTAdapter
 from .reducers import REDUCERS, Reduced, drop, merge, select_tokens
-from .scorers import SCORERS, Predictor, class_attention, random_scores, received_attention
+from .scorers import (
+    SCORERS,
+    Predictor,
+    class_attention,
+    distinct_scores,
+    outlying,
+    random_scores,
+    received_attention,
+)
 from .vit import POOLINGS, Tokens, ViTAdapter, attentions, log_weights, matmul_dtype, observe, take_observed
 
 __all__ = ["Predictor", "TokenPruning", "Trace", "make_dynamic", "sample_keep_decision", "select_tokens"]
@@ -221,9 +229,9 @@ class TokenPruning:
         stages = []
 
         def shorten(stage: int, tokens: Tokens) -> None:
-            scores = self.score(stage, tokens)
+            scores, weights = self.score(stage, tokens)
             num_patches = (stages[0].scores if stages else scores).shape[1]
-            reduced = self.reduce(scores, self.tokens_kept(num_patches)[stage], tokens)
+            reduced = self.reduce(scores, weights, self.tokens_kept(num_patches)[stage], tokens)
             patches = reduced.kept if stage == 0 else tokens.patches.gather(1, reduced.kept)
             tokens.x, tokens.size, tokens.patches = reduced.x, reduced.size, patches
             if reduced.size is not None:
@@ -232,15 +240,25 @@ class TokenPruning:
 
         return self.run_blocks(images, shorten), stages
 
-    def score(self, stage: int, tokens: Tokens) -> Tensor:
-        """(B, K) scores of the patch tokens that come to a stage."""
-        num_prefix = self.num_prefix_tokens
-        patch_tokens = tokens.x[:, num_prefix:]
+    def score(self, stage: int, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """(B, K) scores of the patch tokens that come to a stage, and their weights if they merge; None for sizes."""
+        patch_tokens = tokens.x[:, self.num_prefix_tokens :]
         if self.scorer == "predictor":
-            return self.score_predictor[stage](patch_tokens)[..., 0]
+            return self.score_predictor[stage](patch_tokens)[..., 0], None
+        if self.scorer == "attention":
+            return self.attention_scores(stage, tokens), None
         if self.scorer == "random":
-            return random_scores(patch_tokens)
+            return random_scores(patch_tokens), None
+        patch_tokens = patch_tokens.detach()  # as nothing here learns
+        if self.cls_token is None:
+            return distinct_scores(outlying(patch_tokens, sizes(tokens, patch_tokens)), patch_tokens), None
+        importance = self.attention_scores(stage, tokens)
+        return distinct_scores(importance, patch_tokens), importance
+
+    def attention_scores(self, stage: int, tokens: Tokens) -> Tensor:
+        """(B, K) attention that the patch tokens got in the block before the stage."""
         i = self.pruning_loc[stage] - 1
+        num_prefix = self.num_prefix_tokens
         log_size = None if tokens.size is None else F.pad(tokens.size.log(), (num_prefix, 0))
         scores = []
         for attention, queries, keys in take_observed(self.blocks[i]):
@@ -252,11 +270,11 @@ class TokenPruning:
                 scores.append(received_attention(queries, keys, attention.scale, num_prefix, log_size))
         return torch.stack(scores).mean(dim=0)
 
-    def reduce(self, scores: Tensor, num_keep: int, tokens: Tokens) -> Reduced:
+    def reduce(self, scores: Tensor, weights: Tensor | None, num_keep: int, tokens: Tokens) -> Reduced:
         """Drops or merges all but the num_keep best scored patch tokens."""
         if self.reducer == "drop":
             return drop(tokens.x, scores, num_keep, self.num_prefix_tokens)
-        size = torch.ones_like(scores, dtype=torch.float32) if tokens.size is None else tokens.size
+        size = sizes(tokens, scores)
         if self.training and self.scorer == "predictor":
             # Who is kept is a hard choice without a gradient. But a token's size says how much it counts
             # in its mean and in every attention from here on, and the probability of keeping it is a soft
@@ -264,7 +282,17 @@ class TokenPruning:
             # value stays), and the predictor learns which tokens should count for more.
             probability = scores.exp()
             size = size * (1 + probability - probability.detach())
-        return merge(tokens.x, scores, size, num_keep, self.num_prefix_tokens)
+        return merge(tokens.x, scores, size, num_keep, self.num_prefix_tokens, weights)
+
+
+def sizes(tokens: Tokens, like: Tensor) -> Tensor:
+    """(B, K) patches that each token stands for, float32; like: a tensor that begins with those dimensions."""
+    return like.new_ones(like.shape[:2], dtype=torch.float32) if tokens.size is None else tokens.size
+
+
+def reads_attention(vit: nn.Module, scorer: str) -> bool:
+    """Whether the scorer needs the attention of the block before the stage."""
+    return scorer == "attention" or (scorer == "distinct" and vit.cls_token is not None)
 
 
 def spread_scores(stages: Sequence[Stage]) -> Tensor:
@@ -317,10 +345,10 @@ def check_stages(vit: nn.Module, pruning_loc: tuple[int, ...], scorer: str, redu
         raise ValueError("the model is dynamic already: start from the dense one, or change it by set_keep_rates")
     if vit.global_pool not in POOLINGS:
         raise ValueError(f"token pruning cannot pool by '{vit.global_pool}'; it can by token, avg and map")
-    if scorer == "attention" and pruning_loc[0] == 0:
-        raise ValueError("the attention scorer reads the block before a stage: the first stage must be 1 or later")
+    if reads_attention(vit, scorer) and pruning_loc[0] == 0:
+        raise ValueError(f"the {scorer} scorer reads the block before a stage: the first stage must be 1 or later")
     observed = [attention for i in pruning_loc for attention in attentions(vit.blocks[i - 1])]
-    if scorer == "attention" and any(hasattr(attention, "lambda_init") for attention in observed):
+    if reads_attention(vit, scorer) and any(hasattr(attention, "lambda_init") for attention in observed):
         raise ValueError("differential attention gives no scores; take the predictor or random scorer")
 
 
@@ -335,8 +363,8 @@ def make_dynamic(
 
     timm's patch dropout and gradient checkpointing are not used any more.
     pruning_loc: the blocks before which tokens are dropped or merged. keep_rates: share of the original
-    patch tokens kept after each. scorer: predictor (published; learned), attention or random, which need
-    no training. reducer: drop (published) or merge. Raises ValueError if they do not fit.
+    patch tokens kept after each. scorer: predictor (published; learned), or attention, distinct or random,
+    which need no training. reducer: drop (published) or merge. Raises ValueError if they do not fit.
     """
     adapter = find_adapter(vit)
     pruning_loc = tuple(pruning_loc)
@@ -350,7 +378,7 @@ def make_dynamic(
     predictors = [Predictor(vit.embed_dim) for _ in pruning_loc] if scorer == "predictor" else []
     vit.score_predictor = nn.ModuleList(predictors)
     vit.score_predictor.apply(init_weights_vit_timm)
-    if scorer == "attention":
+    if reads_attention(vit, scorer):
         for i in pruning_loc:
             observe(vit.blocks[i - 1])
     return vit

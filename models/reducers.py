@@ -34,37 +34,42 @@ def drop(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int) -> Reduced:
     return Reduced(select_tokens(x, kept, num_prefix), kept)
 
 
-def merge(x: Tensor, scores: Tensor, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
+def merge(
+    x: Tensor, scores: Tensor, size: Tensor, num_keep: int, num_prefix: int, weights: Tensor | None = None
+) -> Reduced:
     """Keeps the num_keep best tokens; each other one joins the kept one that it is most similar to.
 
     (B, P+N, C) tokens, (B, N) scores, (B, N) sizes: how many patches a token stands for. A kept token
     becomes the mean of itself and those that joined it, weighted by size, so that the sum of size
     times token stays what it was; sizes add up. Prefix tokens never merge.
+    weights: (B, N), for the mean instead of the sizes.
     """
+    weights = size if weights is None else weights
     order = scores.argsort(dim=1, descending=True)
-    x, size = select_tokens(x, order, num_prefix), size.gather(1, order)
+    kept, others = order[:, :num_keep], order[:, num_keep:]
+    x = select_tokens(x, order, num_prefix)
     end = num_prefix + num_keep
     rest = x[:, end:]
-    joined = most_similar(rest, x[:, num_prefix:end])
-    merged_size = size[:, :num_keep].scatter_add(1, joined, size[:, num_keep:])
+    joined = cosine_similarity(rest, x[:, num_prefix:end]).argmax(dim=-1)
+    merged_size, total = (v.gather(1, kept).scatter_add(1, joined, v.gather(1, others)) for v in (size, weights))
     # Each token enters its mean by its share. Sums of size times token could leave float16's range.
-    shares = size / torch.cat([merged_size, merged_size.gather(1, joined)], dim=1)
+    shares = weights.gather(1, order) / torch.cat([total, total.gather(1, joined)], dim=1)
     shares = F.pad(shares, (num_prefix, 0), value=1.0)[..., None].to(x.dtype)
     rows = num_prefix + joined + end * torch.arange(len(x), device=x.device)[:, None]
     merged = (x * shares)[:, :end].flatten(0, 1)
     merged = merged.index_add(0, rows.flatten(), (rest * shares[:, end:]).flatten(0, 1))
-    return Reduced(merged.unflatten(0, (-1, end)), order[:, :num_keep], merged_size, order[:, num_keep:], joined)
+    return Reduced(merged.unflatten(0, (-1, end)), kept, merged_size, others, joined)
 
 
-def most_similar(tokens: Tensor, candidates: Tensor) -> Tensor:
-    """(B, M, C) tokens, (B, K, C) candidates -> (B, M) the candidate with the largest cosine similarity."""
-    # In float32, as the differences between cosines are often less than bfloat16 can tell. The tokens'
-    # own lengths do not change which candidate is the best.
+def cosine_similarity(tokens: Tensor, others: Tensor) -> Tensor:
+    """(B, M, C) and (B, K, C) tokens -> (B, M, K) cosines of each with each, in float32.
+
+    Those of a ViT's tokens often differ by less than bfloat16 can tell.
+    """
     device = tokens.device.type
     without_autocast = torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
     with without_autocast:
-        directions = F.normalize(candidates.float(), dim=-1)
-        return (tokens.float() @ directions.transpose(1, 2)).argmax(dim=-1)
+        return F.normalize(tokens.float(), dim=-1) @ F.normalize(others.float(), dim=-1).transpose(1, 2)
 
 
 def select_tokens(x: Tensor, kept: Tensor, num_prefix: int) -> Tensor:

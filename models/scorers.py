@@ -1,13 +1,15 @@
 """Scorers rank the patch tokens at a stage: the higher a token's score, the longer it stays.
 
-predictor (published) is learned; attention and random have no parameters. Shapes: B images, P prefix
-tokens (class token first, then registers), N patch tokens, C channels, H heads of D channels.
+predictor (published) is learned; attention, distinct and random have no parameters. Shapes: B images,
+P prefix tokens (class token first, then registers), N patch tokens, C channels, H heads of D channels.
 """
 
 import torch
 from torch import Tensor, nn
 
-SCORERS = ("predictor", "attention", "random")
+from .reducers import cosine_similarity
+
+SCORERS = ("predictor", "attention", "distinct", "random")
 
 
 class Float32LogSoftmax(nn.LogSoftmax):
@@ -83,6 +85,27 @@ def attention_weights(queries: Tensor, keys: Tensor, scale: float, log_size: Ten
     if log_size is not None:
         logits = logits + log_size[:, None, None]
     return logits.softmax(dim=-1)
+
+
+def outlying(tokens: Tensor, size: Tensor) -> Tensor:
+    """How far each token is from the mean of all, by cosine, times its size: importance without attention.
+
+    (B, N, C) tokens, (B, N) sizes -> (B, N), float32.
+    """
+    mean = torch.einsum("bn,bnc->bc", size / size.sum(dim=1, keepdim=True), tokens.float())[:, None]
+    return size * (1 - cosine_similarity(tokens, mean)[..., 0])
+
+
+def distinct_scores(importance: Tensor, tokens: Tensor) -> Tensor:
+    """What would be lost if a token joined the nearest one that is more important.
+
+    (B, N) importance, (B, N, C) tokens -> (B, N) scores: importance times the cosine distance to the
+    most similar token of greater importance, as density peaks clustering ranks its centres (Rodriguez
+    and Laio, Science 2014). Of tokens that look alike only the most important one scores high.
+    """
+    more_important = importance[:, None, :] > importance[:, :, None]
+    similarity = cosine_similarity(tokens, tokens).masked_fill(~more_important, -1.0)
+    return importance * (1 - similarity.amax(dim=-1))
 
 
 def random_scores(tokens: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from models import Teacher, create_model, make_dynamic, pruning
 
 STAGES = (1, 3)
 HALF = (0.75, 0.5)
-FORMS = [(scorer, reducer) for scorer in ("predictor", "attention", "random") for reducer in ("drop", "merge")]
+FORMS = [
+    (scorer, reducer) for scorer in ("predictor", "attention", "distinct", "random") for reducer in ("drop", "merge")
+]
 
 
 def build(name: str = "vit_tiny_patch16_224", **changes) -> nn.Module:
@@ -87,7 +89,7 @@ def dynamic(dense: nn.Module, scorer: str, reducer: str, keep_rates: tuple[float
     return model
 
 
-@pytest.mark.parametrize(("scorer", "reducer"), [("predictor", "drop"), ("attention", "merge")])
+@pytest.mark.parametrize(("scorer", "reducer"), [("predictor", "drop"), ("attention", "merge"), ("distinct", "merge")])
 @torch.no_grad()
 def test_all_tokens_kept_is_the_dense_model(dense: nn.Module, scorer: str, reducer: str) -> None:
     images = images_for(dense)
@@ -106,7 +108,7 @@ def test_half_the_tokens(dense: nn.Module) -> None:
         model = dynamic(dense, scorer, reducer)
         assert count_gflops(model, images.shape[-1]) < dense_gflops
         trace = model.trace(images)
-        assert trace.logits.shape == (2, 5) and trace.logits.isfinite().all()
+        assert trace.logits.shape == (2, 5) and trace.logits.isfinite().all() and trace.grid == (4, 4)
         assert [stage.shape for stage in trace.kept] == [(2, 12), (2, 8)]
         for stage, kept in enumerate(trace.kept):
             best = trace.scores[:, stage].nan_to_num(-torch.inf).topk(kept.shape[1], dim=1).indices
@@ -142,11 +144,13 @@ def test_dropping_equals_hiding(dense: nn.Module, monkeypatch: pytest.MonkeyPatc
 def test_merged_token_counts_as_its_copies(dense: nn.Module) -> None:
     """A token of size s is the same as s copies of it in the dense model: in attention and in pooling."""
     image = images_for(dense, count=1)
+    torch.manual_seed(0)
     model = make_dynamic(copy.deepcopy(dense), (2,), (0.5,), "random", "merge")
     calls = []
     for block in model.blocks[2:]:
         block.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True)
-    logits, _, _, groups = model.trace(image)
+    trace = model.trace(image)
+    logits, groups = trace.logits, trace.groups
     x = calls[0][0]
     num_prefix = x.shape[1] - 8
     kept = groups[0, 0].unique()
@@ -233,12 +237,15 @@ def test_never_dense_in_silence(dense: nn.Module) -> None:
     assert model(images).shape == (2, 32)
 
 
-@pytest.mark.parametrize("family", ["deit", "siglip", "lvvit", "dinov3", "rope_mixed"])
+@pytest.mark.parametrize(
+    ("family", "scorer"),
+    [("deit", "attention"), ("siglip", "attention"), ("lvvit", "distinct"), ("dinov3", "distinct")],
+)
 @torch.no_grad()
-def test_one_graph(family: str) -> None:
+def test_one_graph(family: str, scorer: str) -> None:
     """Compiled without a break, and not compiled again for the next batch; exported with its weights."""
     torch.compiler.reset()
-    model = dynamic(strengthen(FAMILIES[family]()), "attention", "merge")
+    model = dynamic(strengthen(FAMILIES[family]()), scorer, "merge")
     images, others = images_for(model), images_for(model).flip(-1)
     expected = model(others)
     exported = torch.export.export(model, (images,)).module()

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from models.pruning import size_bias
-from models.reducers import drop, merge, most_similar
+from models.reducers import cosine_similarity, drop, merge
 
 # Two prefix tokens, then four patch tokens of two channels
 PREFIX = [[9.0, 9.0], [8.0, 8.0]]
-PATCHES = [[4.0, 0.0], [0.0, 6.0], [2.0, 1.0], [0.0, 3.0]]
+PATCHES = [[4.0, 0.0], [0.0, 6.0], [2.0, 1.5], [0.0, 3.0]]
 TOKENS = torch.tensor([[*PREFIX, *PATCHES]])
 SCORES = torch.tensor([[0.3, 0.4, 0.2, 0.1]])
 
@@ -26,14 +26,23 @@ def test_drop_by_hand() -> None:
 
 
 def test_merge_by_hand() -> None:
-    """Patches 1 and 0 stay. 2 points more along 0 than along 1, and 3 straight along 1, though it is nearer to 0."""
+    """Patches 1 and 0 stay. 2 points more along 0 than along 1, though its product with 1 is larger; 3 is along 1."""
     size = torch.tensor([[1.0, 2.0, 3.0, 1.0]])
     reduced = merge(TOKENS, SCORES, size, num_keep=2, num_prefix=2)
     assert reduced.kept.tolist() == [[1, 0]]
     assert reduced.others.tolist() == [[2, 3]]
     assert reduced.joined.tolist() == [[1, 0]]  # 2 joins the second of the kept ones, 3 the first
     assert reduced.size.tolist() == [[2 + 1, 1 + 3]]
-    first, second = [0, (2 * 6 + 1 * 3) / 3], [(1 * 4 + 3 * 2) / 4, 3 * 1 / 4]
+    first, second = [0, (2 * 6 + 1 * 3) / 3], [(1 * 4 + 3 * 2) / 4, 3 * 1.5 / 4]
+    torch.testing.assert_close(reduced.x, torch.tensor([[*PREFIX, first, second]]))
+
+
+def test_merge_with_weights_of_their_own() -> None:
+    """The mean goes by the weights; sizes add up all the same."""
+    size, weights = torch.tensor([[1.0, 2.0, 3.0, 1.0]]), torch.tensor([[0.1, 0.4, 0.4, 0.1]])
+    reduced = merge(TOKENS, SCORES, size, num_keep=2, num_prefix=2, weights=weights)
+    assert reduced.size.tolist() == [[3, 4]]
+    first, second = [0, (0.4 * 6 + 0.1 * 3) / 0.5], [(0.1 * 4 + 0.4 * 2) / 0.5, 0.4 * 1.5 / 0.5]
     torch.testing.assert_close(reduced.x, torch.tensor([[*PREFIX, first, second]]))
 
 
@@ -78,10 +87,11 @@ def test_images_do_not_mix() -> None:
 def test_half_precision_finds_the_same_partner(dtype: torch.dtype) -> None:
     """All tokens point nearly the same way, as in a real ViT, with cosines that differ in the fourth digit."""
     tokens = (10 + 0.1 * random_tokens(2, 60, 64)).to(dtype)
-    expected = most_similar(tokens[:, 40:].double().float(), tokens[:, :40].double().float())
-    assert torch.equal(most_similar(tokens[:, 40:], tokens[:, :40]), expected)
+    rest, kept = tokens[:, 40:], tokens[:, :40]
+    expected = torch.cosine_similarity(rest.double()[:, :, None], kept.double()[:, None], dim=-1).argmax(dim=-1)
+    assert torch.equal(cosine_similarity(rest, kept).argmax(dim=-1), expected)
     with torch.autocast("cpu", dtype=dtype):
-        assert torch.equal(most_similar(tokens[:, 40:].float(), tokens[:, :40].float()), expected)
+        assert torch.equal(cosine_similarity(rest.float(), kept.float()).argmax(dim=-1), expected)
 
 
 def test_large_features_and_sizes_fit_into_float16() -> None:

@@ -25,7 +25,8 @@ from models import (
     save_pretrained,
 )
 
-TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+TINY = SIZES | {"img_size": 32, "num_classes": 5, "pruning_loc": (1, 2)}
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
 
 
@@ -80,7 +81,7 @@ def test_names_notes_and_preprocessing(tmp_path: Path) -> None:
 
 
 def test_keep_rates_are_those_of_the_moment(tmp_path: Path) -> None:
-    model = create_model("deit_tiny", pruning_loc=(1, 2), **TINY)
+    model = create_model("deit_tiny", **TINY)
     model.set_keep_rates((0.9, 0.4))
     save_pretrained(model, tmp_path)
     assert from_pretrained(tmp_path).keep_rates == (0.9, 0.4)
@@ -129,13 +130,13 @@ def refusal(folder: Path) -> str:
         ({"num_classes": 5.5}, ""),
         ({"img_size": 8192}, "pos_embed"),
         ({"img_size": [32, 32, 32]}, "height, width"),
-        ({"sizes": TINY | {"run": "rm"}}, "no size called run"),
+        ({"sizes": SIZES | {"run": "rm"}}, "no size called run"),
         ({"sizes": {"embed_dim": 16384, "depth": 16, "num_heads": 16}}, "does not fit"),
         ({"sizes": {"depth": [256] * 100_000}}, "four numbers"),
         ({"pruning_loc": "abc"}, ""),
         ({"pruning_loc": [0] * 100_000}, ""),
-        ({"keep_rates": [None] * 3}, ""),
-        ({"keep_rates": [float("nan")] * 3}, "keep rates"),
+        ({"keep_rates": [None] * 2}, ""),
+        ({"keep_rates": [float("nan")] * 2}, "keep rates"),
         ({"base_rate": "0.7"}, "cannot be read"),
         ({"preprocessing": {"mean": "abc"}}, ""),
         ({"preprocessing": {"std": [0, 1, 1]}}, "preprocessing"),

@@ -8,7 +8,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from models import create_model
-from models.scorers import class_attention, random_scores, received_attention
+from models.scorers import class_attention, distinct_scores, outlying, random_scores, received_attention
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 4, "num_heads": 2}
 
@@ -49,6 +49,21 @@ def test_keys_shared_by_several_query_heads() -> None:
     scores = class_attention(query, keys, 0.3, 1)
     expected = class_attention(query, keys[:, [0, 0, 1, 1]], 0.3, 1)
     assert torch.equal(scores, expected)
+
+
+def test_distinct_scores_by_hand() -> None:
+    """Tokens at 0, 0, 90 and 60 degrees: the second looks like the first, which is more important."""
+    tokens = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.5, math.sqrt(0.75)]]])
+    importance = torch.tensor([[0.4, 0.3, 0.1, 0.2]])
+    # the most important one has none above it; the third is 30 degrees from the fourth, that 60 from the first
+    expected = torch.tensor([0.4 * 2, 0.3 * 0, 0.1 * (1 - math.sqrt(0.75)), 0.2 * (1 - 0.5)])
+    torch.testing.assert_close(distinct_scores(importance, tokens)[0], expected)
+
+
+def test_outlying_by_hand() -> None:
+    """The mean of one token along x and two (merged) along y is (1, 2) / 3; cosines with it 1 and 2 over sqrt 5."""
+    scores = outlying(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[1.0, 2.0]]))
+    torch.testing.assert_close(scores[0], torch.tensor([1 - 1 / math.sqrt(5), 2 * (1 - 2 / math.sqrt(5))]))
 
 
 def test_random_scores_are_of_a_token_not_of_its_place() -> None:
@@ -101,7 +116,7 @@ def test_model_scores_by_the_block_before_the_stage(reducer: str) -> None:
         assert torch.equal(trace.kept[stage], best)
 
 
-@pytest.mark.parametrize("scorer", ["attention", "random"])
+@pytest.mark.parametrize("scorer", ["attention", "distinct", "random"])
 def test_scorers_without_parameters(scorer: str) -> None:
     dense = create_model("deit_small", dense=True, **TINY)
     model = create_model("deit_small", scorer=scorer, pruning_loc=(1,), **TINY)
@@ -119,7 +134,8 @@ def test_published_form_is_the_default() -> None:
     ("changes", "message"),
     [
         ({"scorer": "attention", "pruning_loc": (0, 2)}, "first stage must be 1 or later"),
-        ({"scorer": "attentive"}, "unknown scorer 'attentive'; known: predictor, attention, random"),
+        ({"scorer": "distinct", "pruning_loc": (0, 2)}, "the distinct scorer reads"),
+        ({"scorer": "attentive"}, "unknown scorer 'attentive'; known: predictor, attention, distinct, random"),
         ({"reducer": "melt"}, "unknown reducer 'melt'; known: drop, merge"),
     ],
 )

@@ -1,183 +1,258 @@
-"""Evaluates one checkpoint over a range of base rates: accuracy against cost, as a table and a plot.
+"""Sweeps a model over base rates: what each way to drop or merge tokens costs, and what it does to the answers.
 
-    python -m tools.sweep --resume logs/my_run --data-path imagenet --output logs/sweep
+    python -m tools.sweep --arch deit_small --pretrained deit_small.pth --data-path photos   # any folder of images
+    python -m tools.sweep --resume logs/my_run --data-path imagenet --methods predictor+drop attention+merge tome
 
-Beside the learned scores it evaluates two baselines, the same backbone with random scores and with
-the class token's attention as the score. Speed is that of the forward pass alone.
+Everything is compared on the same images with the dense model: the same weights with all tokens kept. Standard
+errors are those of the mean over images, and of the paired difference where it says so. Writes sweep.csv, sweep.png
+and sweep.npz (the values of every image) to --output. Speed is that of the forward pass alone.
 """
 
 import argparse
 import csv
 import sys
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
 import utils
-from datasets import BatchTransform, build_dataset
+from datasets import (
+    DATA_SETS,
+    AugmentedDataset,
+    BatchTransform,
+    DataOptions,
+    build_source,
+    build_val_loader,
+    eval_transform,
+    read_folder,
+)
 from engine import autocast
+from errors import UserError, exit_status
 from flops import count_gflops
-from main_dynamic_vit import loader_options, pick_amp
-from models import geometric_keep_rates
-from tools.visualize import RUNS, add_model_options, load_model
-from utils import UserError, log
+from losses import kl_divergence
+from models import ModelError, ModelSpec, build_model
+from models.factory import default_keep_rates
+from models.pruning import TokenPruning, choose_attention
+from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, RUNS, OneLineParser, add_model_flags, load_trained_model, number
+from recipe import AMP_DTYPES, pick_amp
+from tools.tome import ToMe
+from utils import log
 
 try:
     from matplotlib.figure import Figure
 except ImportError:  # needed for development only, so not installed everywhere
     Figure = None
 
-BASE_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-LEARNED, UNTRAINED, RANDOM, CLASS_ATTENTION = "learned", "untrained", "random", "class attention"
-COLUMNS = ("method", "base_rate", "gflops", "top1", "images_per_s")  # top1 in percent
+BASE_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
+DENSE, TOME = "dense", "tome"
+METHODS = (
+    *(f"{scorer}+{reducer}" for scorer in ("predictor", "attention", "random") for reducer in ("drop", "merge")),
+    TOME,
+)
+VARIED = ("dense", "base_rate", "keep_rates", "scorer", "reducer")  # flags of a model that a sweep varies itself
+# Column: heading, width and decimals in the table; top-1 and agreement in percent, se is the standard error.
+COLUMNS = {
+    "method": ("method", 16, None),
+    "base_rate": ("rate", 6, 4),
+    "gflops": ("GFLOPs", 7, 3),
+    "top1": ("top-1", 6, 2),
+    "top1_se": ("se", 5, 2),
+    "top1_change": ("change", 7, 2),  # to the dense model on the same images, so paired
+    "top1_change_se": ("se", 5, 2),
+    "agreement": ("agree", 6, 2),
+    "agreement_se": ("se", 5, 2),
+    "kl": ("KL", 7, 4),
+    "kl_se": ("se", 7, 4),
+    "images_per_s": ("img/s", 8, 1),
+    "speedup": ("speedup", 7, 2),
+}
+Row = dict[str, str | float | None]
 
 
-class RandomScores(nn.Module):
-    """Stands where a predictor does, and keeps tokens by lot."""
+class Answers(NamedTuple):
+    """What a model said, by image, and how long it took, by batch."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, 1)."""
-        return torch.rand(*tokens.shape[:2], 1, device=tokens.device)
-
-
-class ClassAttention(nn.Module):
-    """Stands where a predictor does; scores tokens by the class token's attention to them in the block before.
-
-    Attention is recomputed from that block's queries and keys, as fused attention does not give it away.
-    """
-
-    def __init__(self, block: nn.Module, num_prefix: int) -> None:
-        super().__init__()
-        self.attn = block.attn
-        self.num_prefix = num_prefix
-        self.attn.qkv.register_forward_hook(self.remember)
-
-    def remember(self, _module: nn.Module, _inputs: tuple, qkv: Tensor) -> None:
-        self.qkv = qkv
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, 1), the mean over the heads."""
-        heads = self.attn.num_heads
-        queries, keys, _ = self.qkv.unflatten(-1, (3, heads, -1)).unbind(2)
-        del self.qkv  # before a copy of the model is made to count its GFLOPs
-        query, keys = self.attn.q_norm(queries[:, 0]), self.attn.k_norm(keys)
-        attention = torch.einsum("bhc,bmhc->bmh", query, keys) * self.attn.scale
-        return attention.softmax(dim=1)[:, self.num_prefix :].mean(dim=-1, keepdim=True)
+    correct: np.ndarray | None  # 0 or 1; None without labels
+    agrees: np.ndarray  # 0 or 1: the dense model's top-1
+    kl: np.ndarray  # KL(dense || model)
+    seconds: np.ndarray  # an image
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_options(parser)
-    parser.add_argument("--data-path", help="the data set's folder (default: as trained)")
-    parser.add_argument("--base-rates", type=float, nargs="+", default=BASE_RATES, help="(default: 1.0 0.9 ... 0.3)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a forward pass (default: 64)")
-    parser.add_argument("--num-workers", type=int, default=8, help="loader processes (default: 8)")
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    parser.add_argument("--output", type=Path, default=RUNS / "sweep", help="folder (default: logs/sweep)")
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="sweep", description=__doc__)
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--resume", help="a checkpoint or a run's folder, where --pretrained is not given (default: the newest run)")
+    add("--data-path", default="", help="a folder of images, with or without class folders, or with val/ in it")
+    add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder")
+    add("--base-rates", type=number(float, KEEP_RATE), nargs="+", default=BASE_RATES)
+    add("--methods", choices=METHODS, nargs="+", default=METHODS, help="scorer+reducer, and ToMe (default: all)")
+    add("--batch-size", type=number(int, POSITIVE), default=64, help="images a forward pass")
+    add("--num-workers", type=number(int, NOT_NEGATIVE), default=2, help="loader processes")
+    add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="mixed precision")
+    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--output", type=Path, default=RUNS / "sweep", help="folder for the results")
     return parser
 
 
-def main(options: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     if Figure is None:
         raise UserError("the plot needs matplotlib; get it: pip install -r requirements-dev.txt")
-    device = utils.pick_device(options.device)
-    model, args, trained = load_model(options)
-    vars(args).update(num_workers=options.num_workers, device=options.device, skip_bad_images=False)
-    if options.data_path is not None:
-        args.data_path = options.data_path
-    check(options, model)
-    val_set = build_dataset(train=False, args=args)
-    loader = DataLoader(val_set, options.batch_size, **loader_options(args))
-    options.output.mkdir(parents=True, exist_ok=True)
+    for name in VARIED:
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is what a sweep varies: use --base-rates and --methods")
+    device = utils.pick_device(args.device)
+    amp_dtype = pick_amp(args.amp, device)
+    model, trained = load_trained_model(args)
+    spec = model.spec
+    if spec.num_classes == 0:
+        raise UserError(f"{spec.arch} has no classifier, so there are no answers to compare")
+    for base_rate in args.base_rates:
+        check_rate(model, base_rate)  # before the first of many passes, what would stop a later one
+    source, labelled = read_images(args.data_set, args.data_path, spec)
+    val_set = AugmentedDataset(source, eval_transform(spec.img_size, spec.preprocessing, args.data_set), train=False)
+    loader = build_val_loader(val_set, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
+    transform = BatchTransform(device, spec.preprocessing.mean, spec.preprocessing.std)
+    models = build_models(model.to(device), args.methods, trained, device)
 
-    variants = {name: variant.to(device) for name, variant in make_variants(model, trained).items()}
-    rows = []
-    with open(options.output / "sweep.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for base_rate in options.base_rates:
-            for row in evaluate_at(base_rate, variants, loader, device, pick_amp(args, device), args.input_size):
-                log(
-                    "{method:<16} rate {base_rate:.2f}  {gflops:7.3f} GFLOPs  top-1 {top1:6.2f} %  "
-                    "{images_per_s:8.1f} images/s".format(**row)
-                )
-                writer.writerow(row)
-                rows.append(row)
-            file.flush()  # a sweep that is cut short leaves the rates that it got to
-    title = f"{args.arch}, {len(val_set)} images; speed on {device.type}, batches of {options.batch_size}"
-    plot(rows, title).savefig(options.output / "sweep.png", dpi=150)
+    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    title = f"{spec.arch}, {len(source)} images; {hardware(device)}, {precision}, batches of {args.batch_size}"
+    log(title)
+    report = Report(args.output, title)
+    for base_rate in args.base_rates:
+        set_base_rate(models, base_rate, spec)
+        utils.set_seed(0)  # random scores that a second sweep draws again
+        answers = compare(models, loader, transform, device, amp_dtype, labelled)
+        report.add(base_rate, models, answers, spec)
 
 
-def check(options: argparse.Namespace, model: VisionTransformer) -> None:
-    """Before the first of many passes, what would stop a later one."""
-    if options.batch_size < 1 or options.num_workers < 0:
-        raise UserError("--batch-size must be at least 1, and --num-workers not negative")
-    for base_rate in options.base_rates:
+def check_rate(model: nn.Module, base_rate: float) -> None:
+    try:
+        default_keep_rates(model, base_rate, len(model.pruning_loc))
+    except ValueError as error:
+        raise UserError(f"--base-rates {base_rate}: {error}") from error
+
+
+def read_images(data_set: str, data_path: str, spec: ModelSpec) -> tuple[Dataset, bool]:
+    """The images, and whether their labels are the model's. A folder without val/ is taken as it is."""
+    folder = Path(data_path)
+    if data_set == "IMNET" and data_path and folder.is_dir() and not (folder / "val").is_dir():
+        source = read_folder(folder, spec.num_classes, labelled=False)
+        if len(source) == 0:
+            raise UserError(f"no images in {folder}")
+    else:
+        options = DataOptions(data_set, data_path, spec.num_classes)
+        source = build_source(False, options, spec.img_size, labelled=False)
+    classes = list(source.classes)
+    if not classes:
+        log("the images have no labels: agreement and KL only")
+        return source, False
+    if len(classes) != spec.num_classes or (spec.class_names and list(spec.class_names) != classes):
+        log(f"the {len(classes)} classes of the images are not the model's {spec.num_classes}: agreement and KL only")
+        return source, False
+    return source, True
+
+
+def build_models(model: nn.Module, methods: Sequence[str], trained: bool, device: torch.device) -> dict[str, nn.Module]:
+    """By name: the dense model first, then one for each method that the backbone allows. All share their weights."""
+    models = {DENSE: share_weights(build_model(model.spec.as_dense()), model, device)}
+    learned = "learned" if trained and model.spec.scorer == "predictor" else "untrained"
+    if not isinstance(model, TokenPruning):
+        log(f"{model.spec.arch} has predictors only: {', '.join(m for m in METHODS if m != METHODS[0])} are left out")
+        return models | {learned: model}
+    for method in methods:
         try:
-            model.set_keep_rates(geometric_keep_rates(base_rate, len(model.pruning_loc)))
-        except ValueError as error:
-            raise UserError(f"--base-rates: {error}") from error
+            if method == TOME:
+                vit = share_weights(build_model(model.spec.as_dense()), model, device)
+                models["ToMe"] = ToMe(vit).eval()
+                continue
+            scorer, reducer = method.split("+")
+            utils.set_seed(0)  # for predictors that the weights do not have
+            variant = build_model(replace(model.spec, scorer=scorer, reducer=reducer))
+            name = f"{learned if scorer == 'predictor' else scorer} + {reducer}"
+            models[name] = share_weights(variant, model, device)
+        except (ModelError, ValueError) as error:
+            log(f"{method} is left out: {error}")
+    return models
 
 
-def make_variants(model: VisionTransformer, trained: bool) -> dict[str, VisionTransformer]:
-    """By method: the model, and copies of it with the baselines in place of its predictors."""
-    variants = {LEARNED if trained else UNTRAINED: model, RANDOM: deepcopy(model)}
-    variants[RANDOM].score_predictor = nn.ModuleList(RandomScores() for _ in model.pruning_loc)
-    if model.pruning_loc[0] == 0:
-        log(f"no {CLASS_ATTENTION} baseline: no block comes before the first stage")
-        return variants
-    variants[CLASS_ATTENTION] = attentive = deepcopy(model)
-    attentive.score_predictor = nn.ModuleList(
-        ClassAttention(attentive.blocks[i - 1], model.num_prefix_tokens) for i in model.pruning_loc
-    )
-    return variants
+def share_weights(variant: nn.Module, model: nn.Module, device: torch.device) -> nn.Module:
+    """The variant with the model's own tensors for all that both have."""
+    names = variant.state_dict().keys()
+    weights = {name: value for name, value in model.state_dict().items() if name in names}
+    variant.to(device).load_state_dict(weights, strict=False, assign=True)
+    return variant.eval()
+
+
+def set_base_rate(models: dict[str, nn.Module], base_rate: float, spec: ModelSpec) -> None:
+    """ToMe has no rate: it gets the r whose GFLOPs are nearest to those of dropping tokens at random."""
+    for model in models.values():
+        if hasattr(model, "set_keep_rates"):
+            model.set_keep_rates(default_keep_rates(model, base_rate, len(model.pruning_loc)))
+    if "ToMe" in models:
+        reference = build_model(replace(spec, scorer="random", reducer="drop"))
+        reference.set_keep_rates(default_keep_rates(reference, base_rate, len(spec.pruning_loc)))
+        models["ToMe"].r = nearest_r(models["ToMe"], count_gflops(reference, spec.img_size), spec.img_size)
+
+
+def nearest_r(tome: ToMe, gflops: float, img_size: int | tuple[int, int]) -> int:
+    """The number of tokens to merge in each block for which the cost comes nearest to gflops."""
+
+    def cost(r: int) -> float:
+        tome.r = r
+        return count_gflops(tome, img_size)
+
+    choices = range(tome.vit.patch_embed.num_patches // 2 + 1)
+    first_below = bisect_left(choices, -gflops, key=lambda r: -cost(r))
+    return min(choices[max(0, first_below - 1) : first_below + 1], key=lambda r: abs(cost(r) - gflops))
 
 
 @torch.inference_mode()
-def evaluate_at(
-    base_rate: float,
-    variants: dict[str, VisionTransformer],
-    loader: DataLoader,
+def compare(
+    models: dict[str, nn.Module],
+    loader: Iterable,
+    transform: Callable[[Tensor], Tensor],
     device: torch.device,
     amp_dtype: torch.dtype | None,
-    input_size: int,
-) -> list[dict]:
-    """A row of COLUMNS for each variant, from one pass over the loader; they take turns at each batch."""
-    for model in variants.values():
-        model.set_keep_rates(geometric_keep_rates(base_rate, len(model.pruning_loc)))
-    gflops = {name: count_gflops(model, input_size) for name, model in variants.items()}
-    utils.set_seed(0)  # random scores that a second sweep draws again
-    hits, paces = dict.fromkeys(variants, 0), {name: [] for name in variants}
-    batch_transform = BatchTransform(device)
-    turns = deque(variants.items())
+    labelled: bool,
+) -> dict[str, Answers]:
+    """One pass over the images; the models, DENSE among them, take turns at each batch.
+
+    loader: batches of (B, 3, H, W) uint8 images and (B,) labels.
+    """
+    values = {name: {column: [] for column in Answers._fields} for name in models}
+    turns = deque(models.items())
     for batch, (images, labels) in enumerate(loader):
-        images, labels = batch_transform(images), labels.to(device)
+        images, labels = transform(images), labels.to(device)
         turns.rotate()  # the first of a turn shares the cores with loader processes that read the next batch
+        logits = {}
         for name, model in turns:
             with autocast(device, amp_dtype):
                 if batch == 0:
+                    if hasattr(model, "blocks"):
+                        choose_attention(model, images)  # for the dense model; the others do it themselves
                     model(images)  # the first pass of a kind is slow, and not measured
-                logits, seconds = timed(model, images)
-            hits[name] += (logits.argmax(dim=1) == labels).sum().item()
-            paces[name].append(len(images) / seconds)
-    total = len(loader.dataset)
-    return [
-        dict(zip(COLUMNS, (n, base_rate, gflops[n], 100 * hits[n] / total, np.median(paces[n])), strict=True))
-        for n in variants
-    ]
+                logits[name], seconds = timed(model, images)
+            values[name]["seconds"].append([seconds / len(images)])
+        for name, value in values.items():
+            top1 = logits[name].argmax(dim=1)
+            value["correct"].append((top1 == labels).double().cpu())
+            value["agrees"].append((top1 == logits[DENSE].argmax(dim=1)).double().cpu())
+            value["kl"].append(kl_divergence(logits[name], logits[DENSE]).double().cpu())
+    joined = {n: Answers(**{c: np.concatenate(parts) for c, parts in value.items()}) for n, value in values.items()}
+    return joined if labelled else {name: answers._replace(correct=None) for name, answers in joined.items()}
 
 
-def timed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, float]:
+def timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
     """The logits, and the seconds until they are there."""
     wait = torch.cuda.synchronize if images.is_cuda else lambda: None
     wait()
@@ -187,20 +262,92 @@ def timed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, float]:
     return logits, time.perf_counter() - started
 
 
-def plot(rows: Sequence[dict], title: str) -> "Figure":
-    """Accuracy against GFLOPs and against measured speed, a line for each method."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean, and its standard error (NaN for a single value)."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return float(values.mean()), float(error)
+
+
+def summarize(answers: Answers, dense: Answers) -> Row:
+    """The columns that follow from what was said; speed by medians over the batches."""
+    row = dict.fromkeys(COLUMNS)
+    if answers.correct is not None:
+        row["top1"], row["top1_se"] = mean_and_error(100 * answers.correct)
+        row["top1_change"], row["top1_change_se"] = mean_and_error(100 * (answers.correct - dense.correct))
+    row["agreement"], row["agreement_se"] = mean_and_error(100 * answers.agrees)
+    row["kl"], row["kl_se"] = mean_and_error(answers.kl)
+    row["images_per_s"] = float(np.median(1 / answers.seconds))
+    row["speedup"] = float(np.median(dense.seconds / answers.seconds))
+    return row
+
+
+class Report:
+    """Table, sweep.csv, sweep.npz and sweep.png, renewed with every base rate: a sweep cut short leaves what it had."""
+
+    def __init__(self, folder: Path, title: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.title = folder, title
+        self.rows: list[Row] = []
+        self.images: dict[str, np.ndarray] = {}  # by "method rate column"
+        log(" ".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values()))
+
+    def add(self, base_rate: float, models: dict[str, nn.Module], answers: dict[str, Answers], spec: ModelSpec) -> None:
+        """The rows of a base rate; the dense model's only once, as it stays the same."""
+        for name, model in models.items():
+            if name == DENSE and self.rows:
+                continue
+            rate, label = (1.0, name) if name == DENSE else (base_rate, name)
+            if isinstance(model, ToMe):
+                label = f"ToMe, r = {model.r}"
+            gflops = count_gflops(model, spec.img_size)
+            row = summarize(answers[name], answers[DENSE]) | {"method": label, "base_rate": rate, "gflops": gflops}
+            self.rows.append(row)
+            log(" ".join(cell(row[column], *how[1:]) for column, how in COLUMNS.items()))
+            for column in ("correct", "agrees", "kl"):
+                value = getattr(answers[name], column)
+                if value is not None:
+                    self.images[f"{name} {rate} {column}"] = value.astype(np.float32)
+        with open(self.folder / "sweep.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        np.savez_compressed(self.folder / "sweep.npz", **self.images)
+        plot(self.rows, self.title).savefig(self.folder / "sweep.png", dpi=150)
+
+
+def cell(value: str | float | None, width: int, decimals: int | None) -> str:
+    text = "-" if value is None else value if decimals is None else f"{value:.{decimals}f}"
+    return f"{text:>{width}}"
+
+
+def plot(rows: Sequence[Row], title: str) -> "Figure":
+    """KL and top-1 (without labels: agreement) against GFLOPs, a line for each method, with standard errors."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(title, fontsize="medium")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, column, label in zip(axes, ("gflops", "images_per_s"), ("GFLOPs", "images/s"), strict=True):
-        for method, style in zip(dict.fromkeys(row["method"] for row in rows), ("o-", "s--", "^--"), strict=False):
-            points = sorted((r for r in rows if r["method"] == method), key=lambda row: row["base_rate"])
-            axis.plot([p[column] for p in points], [p["top1"] for p in points], style, label=method)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("top-1 accuracy (%)")
-    axes[0].legend(title="score")
+    answer = "top1" if rows[0]["top1"] is not None else "agreement"
+    panels = {"kl": "KL(dense || model)", answer: "top-1 accuracy (%)" if answer == "top1" else "agreement (%)"}
+    lines: dict[str, list[Row]] = {}
+    for row in rows[1:]:
+        lines.setdefault(row["method"].partition(",")[0], []).append(row)
+    for axis, (column, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for number_of_line, (method, points) in enumerate(lines.items()):
+            points = sorted((p for p in points if column != "kl" or p["kl"] > 0), key=lambda row: row["gflops"])
+            x, y, error = ([p[c] for p in points] for c in ("gflops", column, f"{column}_se"))
+            style = ("-" if "merge" in method else "--") + "os^vDPX"[number_of_line % 7]
+            axis.errorbar(x, y, yerr=error, fmt=style, markersize=4, capsize=2, linewidth=1.2, label=method)
+        if column == "kl":
+            axis.set_yscale("log")
+        else:
+            axis.axhline(rows[0][column], color="gray", linewidth=1, label=f"{DENSE}, {rows[0]['gflops']:.3f} GFLOPs")
+        axis.set_xlabel("GFLOPs")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3, which="both")
+    figure.axes[1].legend(fontsize="small")
     return figure
+
+
+def hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def command(argv: Sequence[str] | None = None) -> None:
@@ -208,4 +355,4 @@ def command(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(utils.exit_status(command))
+    sys.exit(exit_status(command))

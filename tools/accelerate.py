@@ -1,0 +1,432 @@
+"""Makes a trained vision transformer faster in minutes, from a folder of images without labels.
+
+    python -m tools.accelerate vit_small_patch16_224.augreg_in21k_ft_in1k --images photos/ --output fast/
+
+Between its blocks, patches that the model pays little attention to are merged with those most similar to
+them (--scorer attention --reducer merge of main_dynamic_vit.py). Then the model learns to answer as it did
+before, from its own dense answers. A fifth of the images is never trained on: fast/report.html tells how
+much has changed on these. To use the model: models.from_pretrained("fast").
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+import options
+import utils
+from checkpoints import BEST, Place, RunState, read_run, spec_of, temporary_path
+from datasets import (
+    IGNORED_LABEL,
+    AugmentedDataset,
+    BatchTransform,
+    build_train_loader,
+    build_val_loader,
+    eval_transform,
+    read_folder,
+    train_transform,
+)
+from engine import accumulate_gradients, copy_statistics, update_weights
+from errors import UserError, exit_status
+from flops import count_gflops, dense_and_dynamic_gflops
+from image_files import ImageFiles
+from models import (
+    CheckpointError,
+    ModelSpec,
+    Teacher,
+    build_model,
+    build_teacher,
+    find_weights,
+    geometric_keep_rates,
+    load_weights,
+    read_checkpoint,
+    save_pretrained,
+)
+from models.pretrained import NEW, StateDict, num_classes_of, read_dense_weights
+from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
+from recipe import Recipe, Trainer, build_trainer
+from run import Run, RunOptions, log_model
+from signals import Stopped, StopSignal
+from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
+from utils import log
+
+NUM_STAGES = 9
+FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much
+MIN_IMAGES = 50  # to fine-tune with
+MAX_HELD_BACK, MAX_TRAINING = 500, 10_000  # images; more take time and tell little more
+HELD_BACK_IN = 5  # one in so many images
+BISECTIONS = 20
+TRIAL_STEPS = 8  # from which the time of a step is known
+REPORT, PAGE, TRAINING = "report.json", "report.html", "training"  # in the output folder
+SAVE_FREQ = "1m"
+# Of these flags a run that is resumed may have other values.
+MAY_CHANGE = ("output", "num_workers", "device")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="accelerate", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("model", help="one of timm's names, or of ours (deit_small, ...)")
+    add("--images", type=Path, required=True, help="a folder; class folders in it serve the report alone")
+    add("--output", type=Path, required=True, help="a new folder for the model and the report")
+    add("--weights", help="a file with the dense model's weights (default: the published ones)")
+    add("--input-size", type=number(int, POSITIVE), help="pixels (default: the model's own)")
+    add("--speedup", type=number(float, POSITIVE), default=1.6, help="how many times fewer multiply-adds to make")
+    add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="by hand: blocks before which tokens merge")
+    add("--base-rate", type=number(float, KEEP_RATE), help="by hand: share of its tokens that each stage keeps")
+    add("--keep-rates", type=number(float, KEEP_RATE), nargs="+", help="by hand: shares of all tokens, by stage")
+    add("--minutes", type=number(float, NOT_NEGATIVE), default=5.0, help="of fine-tuning, about; 0: none")
+    add("--steps", type=number(int, NOT_NEGATIVE), help="so many instead, rounded up to tens: exactly repeatable")
+    add("--batch-size", type=number(int, POSITIVE), default=16)
+    add("--num-workers", type=number(int, NOT_NEGATIVE), default=min(4, os.cpu_count() or 1))
+    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--seed", type=number(int, SEED), default=0)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if utils.launched_by_torchrun():
+        raise UserError("tools.accelerate runs in one process; for several see docs/label_free.md")
+    stop = StopSignal()
+    device = utils.pick_device(args.device)
+    utils.set_seed(args.seed)
+    dense_spec, weights = read_model(args.model, args.weights, args.input_size)
+    spec = choose_stages(dense_spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
+    training, held_back = split(args.images, dense_spec.num_classes)
+    settings = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
+    notes = claim(args.output, settings)
+
+    fast = build_model(spec)
+    load_weights(fast, weights)
+    fast.to(device)
+    teacher = build_teacher(fast.spec, weights).to(device)
+    gflops = dense_and_dynamic_gflops(fast)
+    log_model(fast, gflops)
+    log(f"{args.images}: {len(training)} images to train on, {len(held_back)} held back to measure on")
+
+    loader = measuring_loader(held_back, fast.spec, args.batch_size, args.num_workers, device)
+    comparison = Comparison(fast.spec, loader.dataset, gflops)
+    log(comparison.add(DENSE, ask(teacher.vit, loader, device, stop)))
+    started = time.monotonic()
+    log(comparison.add(MERGED, ask(fast, loader, device, stop)))
+    seconds = time.monotonic() - started
+
+    stopped = None
+    if len(training) > 0 and (args.minutes if args.steps is None else args.steps) > 0:
+        tuning = FineTuning(args, fast, teacher, training, loader)
+        if "schedule" not in notes:
+            notes["schedule"] = tuning.schedule(seconds)
+            write_json(args.output / REPORT, notes)
+        run = tuning.run(*notes["schedule"], gflops, stop, settings)
+        try:
+            run.to_the_end()
+        except Stopped as error:
+            stopped = error
+        comparison.history = run.progress.history
+        keep_better(fast, weights, args.output / TRAINING / BEST, comparison, loader)
+    finish(args.output, fast, teacher.vit, comparison, notes, stopped)
+
+
+def read_model(name: str, file: str | None, input_size: int | None) -> tuple[ModelSpec, StateDict]:
+    """The dense model's description and its trained weights: from a file, or the published ones.
+
+    Raises ModelError for a name that is unknown, and weights that cannot be had.
+    """
+    content = read_checkpoint(file) if file else None
+    described = spec_of(content) if content else None
+    spec = described if described is not None and described.arch == name else ModelSpec(name)
+    if content is not None:
+        weights = find_weights(content)
+        spec = replace(spec, num_classes=num_classes_of(weights))
+    else:
+        try:
+            weights = read_dense_weights(spec, None)
+        except CheckpointError as error:  # written for another command's flag
+            raise CheckpointError(str(error).replace("--pretrained", "--weights")) from error
+    backbone = {n: value for n, value in weights.items() if not any(part in n for part in NEW)}
+    return replace(spec, dense=True, img_size=input_size or spec.img_size), backbone
+
+
+def choose_stages(
+    dense: ModelSpec,
+    speedup: float,
+    pruning_loc: Sequence[int] | None,
+    base_rate: float | None,
+    keep_rates: Sequence[float] | None,
+) -> ModelSpec:
+    """Where tokens merge and how many stay: as given by hand, else for a speed-up in multiply-adds.
+
+    Stages are spread evenly over the blocks from a quarter of the depth on (before that class attention
+    says little), and each keeps the same share of its tokens. Raises UserError for a speed-up that
+    would leave too few tokens.
+    """
+    with torch.device("meta"):
+        depth = len(getattr(build_model(dense), "blocks", ()))
+    first = max(1, depth // 4)
+    count = min(NUM_STAGES, depth - first)
+    spread = tuple(first + stage * (depth - first) // max(count, 1) for stage in range(count))
+    spec = replace(dense, dense=False, scorer="attention", reducer="merge", pruning_loc=tuple(pruning_loc or spread))
+    if keep_rates is not None:
+        return replace(spec, keep_rates=tuple(keep_rates))
+    if base_rate is not None:
+        return replace(spec, keep_rates=geometric_keep_rates(base_rate, len(spec.pruning_loc)))
+    return replace(spec, keep_rates=solve_keep_rates(spec, speedup))
+
+
+def solve_keep_rates(spec: ModelSpec, speedup: float) -> tuple[float, ...]:
+    """The constant rate that makes the model so many times cheaper than its dense backbone, by bisection."""
+    num_stages = len(spec.pruning_loc)
+    low, high = FEWEST_TOKENS ** (1 / max(num_stages, 1)), 1.0
+    with torch.device("meta"):
+        model = build_model(replace(spec, keep_rates=(1.0,) * num_stages))
+        dense_gflops = count_gflops(build_model(spec.as_dense()), model.spec.img_size)
+
+    def speedup_at(rate: float) -> float:
+        model.set_keep_rates(geometric_keep_rates(rate, num_stages))
+        return dense_gflops / count_gflops(model, model.spec.img_size)
+
+    largest = math.floor(100 * speedup_at(low)) / 100
+    if not 1 < speedup <= largest:
+        raise UserError(
+            f"--speedup must be above 1 and at most {largest:.3g} for {spec.arch}, got {speedup:g}; "
+            f"more would leave less than {FEWEST_TOKENS:.0%} of its tokens (by hand: --pruning-loc and --base-rate)"
+        )
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if speedup_at(middle) >= speedup else (low, middle)
+    return geometric_keep_rates(low, num_stages)
+
+
+def split(folder: Path, num_classes: int) -> tuple[ImageFiles, ImageFiles]:
+    """The images to train on and those held back, told apart by their names, so that it is the same next time.
+
+    Labels are kept if there are as many class folders as the model has classes. Files that are no images are
+    left out. Too few images to train with are all held back. Raises UserError if there is no image.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder of images: {folder}")
+    found = read_folder(folder, num_classes or None, labelled=False)
+    labelled = num_classes > 0 and len(found.classes) == num_classes
+    chosen: dict[bool, list[tuple[str, int]]] = {False: [], True: []}
+    unreadable = 0
+    for path, label in sorted(found.samples(), key=lambda sample: name_hash(sample[0], folder)):
+        held_back = name_hash(path, folder) % HELD_BACK_IN == 0
+        if len(chosen[held_back]) < (MAX_HELD_BACK if held_back else MAX_TRAINING):
+            if is_readable(path):
+                chosen[held_back].append((path, label if labelled else IGNORED_LABEL))
+            else:
+                unreadable += 1
+    if unreadable:
+        log(f"warning: {unreadable} file(s) in {folder} cannot be read as images and are left out")
+    usable = len(chosen[False]) + len(chosen[True])
+    if usable == 0:
+        raise UserError(f"no image that can be read in {folder}")
+    if usable < MIN_IMAGES or not chosen[True]:
+        log(
+            f"warning: only {usable} usable images, and fine-tuning takes {MIN_IMAGES} at least: "
+            "the model is made faster without it, and how much its answers change is measured roughly"
+        )
+        chosen = {False: [], True: chosen[False] + chosen[True]}
+    classes = found.classes if labelled else ()
+    return ImageFiles(chosen[False], classes, folder), ImageFiles(chosen[True], classes, folder)
+
+
+def name_hash(path: str, folder: Path) -> int:
+    """The same wherever the folder lies."""
+    return int(hashlib.sha256(os.fsencode(os.path.relpath(path, folder))).hexdigest(), 16)
+
+
+def is_readable(path: str) -> bool:
+    """By its header alone, as reading thousands of images takes minutes."""
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def claim(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes the output folder, or takes up what this very command has begun there; returns its report so far."""
+    report = output / REPORT
+    if report.is_file():
+        earlier = read_json(report)
+        changed = [name for name in settings if earlier.get("settings", {}).get(name) != settings[name]]
+        if changed:
+            flags = ", ".join(f"{name.replace('_', '-')} {earlier.get('settings', {}).get(name)}" for name in changed)
+            raise UserError(f"{output} holds the output of another command ({flags}); choose another --output")
+        return earlier
+    try:
+        if output.is_dir() and any(output.iterdir()):
+            raise UserError(f"{output} holds other files; choose a new folder for --output")
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(report, {"settings": settings})
+    except OSError as error:
+        raise UserError(f"cannot write to --output {output} ({error.strerror})") from error
+    return {"settings": settings}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; choose another --output") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole at any moment."""
+    temporary_path(path).write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary_path(path), path)
+
+
+def plain(value: Any) -> Any:
+    """For JSON."""
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def measuring_loader(
+    images: ImageFiles, spec: ModelSpec, batch_size: int, num_workers: int, device: torch.device
+) -> DataLoader:
+    data_set = AugmentedDataset(images, eval_transform(spec.img_size, spec.preprocessing), train=False, skip_bad=True)
+    return build_val_loader(data_set, 2 * batch_size, num_workers, device.type == "cuda")
+
+
+@torch.inference_mode()
+def ask(model: nn.Module, loader: DataLoader, device: torch.device, stop: StopSignal | None = None) -> Answers:
+    """A model's outputs for all images, in float32. Raises Stopped at a signal, if stop is given."""
+    transform = BatchTransform(device, model.spec.preprocessing.mean, model.spec.preprocessing.std)
+    outputs, labels = [], []
+    model.eval()
+    for images, batch_labels in loader:
+        if stop is not None and stop.received:
+            raise Stopped(f"{stop.name} received: nothing is lost, the same command begins anew")
+        outputs.append(model(transform(images)).float().cpu())
+        labels.append(batch_labels)
+    return Answers(torch.cat(outputs), torch.cat(labels))
+
+
+class FineTuning:
+    """Label-free fine-tuning by the engine that main_dynamic_vit.py trains with."""
+
+    def __init__(
+        self, args: argparse.Namespace, model: nn.Module, teacher: Teacher, training: ImageFiles, val_loader: DataLoader
+    ) -> None:
+        self.args, self.model, self.teacher, self.val_loader = args, model, teacher, val_loader
+        self.device = next(model.parameters()).device
+        flags = f"--recipe label-free --distill --batch-size {args.batch_size} --seed {args.seed} --no-model-ema"
+        flags = options.with_recipe(options.parse_args(flags.split()), model.spec)
+        self.recipe, self.augmentation = options.recipe(flags), options.augmentation(flags)
+        self.training = training
+
+    def loader(self, steps: int) -> DataLoader:
+        """Training images for so many steps, each image as often as it takes."""
+        repeats = math.ceil(steps * self.args.batch_size / len(self.training))
+        images = ImageFiles([*self.training.samples()] * repeats, self.training.classes, self.training.root)
+        transform = train_transform(self.model.spec.img_size, self.augmentation)
+        data_set = AugmentedDataset(images, transform, train=True, skip_bad=True)
+        pinned = self.device.type == "cuda"
+        loader, _ = build_train_loader(data_set, self.args.batch_size, self.args.num_workers, pinned, self.args.seed)
+        return loader
+
+    def trainer(self, recipe: Recipe, model: nn.Module, steps: int) -> Trainer:
+        print_freq = max(1, steps // 2)
+        return build_trainer(recipe, model, self.teacher, self.device, self.augmentation, steps, print_freq)
+
+    def schedule(self, seconds: float) -> tuple[int, int]:
+        """Epochs and steps in each: --steps, or as many as --minutes allows on this machine.
+
+        seconds: what it takes to measure the model on the images held back, which every epoch ends with.
+        """
+        epochs, steps = self.recipe.epochs, self.args.steps
+        if steps is None:
+            seconds_a_step = self.seconds_a_step()
+            steps = max(epochs, int((60 * self.args.minutes - 3 * epochs * seconds) / seconds_a_step))
+            log(f"{seconds_a_step:.2f} s a step: {steps} steps in {self.args.minutes:g} minutes")
+        epochs = min(epochs, steps)
+        return epochs, math.ceil(steps / epochs)
+
+    def seconds_a_step(self) -> float:
+        """Median over a few steps of a copy."""
+        trainer = self.trainer(self.recipe, copy.deepcopy(self.model), TRIAL_STEPS)
+        trainer.model.train()
+        ends = []
+        for images, labels in islice(self.loader(TRIAL_STEPS), TRIAL_STEPS):
+            before_step = copy_statistics(trainer.model)
+            accumulate_gradients(trainer, images, labels, last=True)["loss"].item()  # waits for a GPU
+            update_weights(trainer, before_step)
+            ends.append(time.monotonic())
+        return statistics.median([after - before for before, after in pairwise(ends)])
+
+    def run(self, epochs: int, steps: int, gflops: dict[str, float], stop: StopSignal, settings: dict[str, Any]) -> Run:
+        """The training run, or what is left of it if it was begun before."""
+        folder = self.args.output / TRAINING
+        place = Place(str(folder), "auto", evaluating=False)
+        earlier = read_run(place, lambda content: [])  # claim has compared the settings
+        recipe = replace(self.recipe, epochs=epochs)
+        run_options = RunOptions(
+            place=place,
+            epochs=epochs,
+            steps_per_epoch=steps,
+            step_images=self.args.batch_size,
+            save_freq=SAVE_FREQ,
+            dist_eval=False,
+            compare_with_dense=True,
+            settings=settings,
+        )
+        trainer = self.trainer(recipe, self.model, steps)
+        state = RunState.from_content(earlier) if earlier else None
+        return Run(run_options, trainer, self.teacher, self.loader(steps), self.val_loader, gflops, stop, state)
+
+
+def keep_better(fast: nn.Module, weights: StateDict, best: Path, comparison: Comparison, loader: DataLoader) -> None:
+    """Leaves in the model the best epoch's weights, or those that it began with if these do better."""
+    if best.is_file():
+        load_weights(fast, find_weights(read_checkpoint(best)))
+        log(comparison.add(TUNED, ask(fast, loader, next(fast.parameters()).device)))
+        if comparison.better_of(MERGED, TUNED) == TUNED:
+            return
+        log("fine-tuning did not help on the images held back: the model is left as it was")
+    load_weights(fast, weights)
+
+
+def finish(
+    output: Path,
+    fast: nn.Module,
+    dense: nn.Module,
+    comparison: Comparison,
+    notes: dict[str, Any],
+    stopped: Stopped | None,
+) -> None:
+    """Writes the model and the report. Raises Stopped again if a signal has ended the training."""
+    kept = comparison.better_of(MERGED, TUNED)
+    classes = comparison.images.source.classes
+    save_pretrained(fast, output, classes or None)
+    if stopped is None:  # who wants it to end does not want to wait for this
+        comparison.measure_speed(dense, fast)
+    write_json(output / REPORT, notes | report_content(comparison, kept))
+    (output / PAGE).write_text(report_page(comparison, fast, kept, str(output)))
+    if stopped is not None:
+        raise Stopped(f"{stopped}; {output} holds the best so far")
+    log(f"saved in {output}: the {kept} model, {PAGE}")
+
+
+def command(argv: Sequence[str] | None = None) -> None:
+    main(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(command))
