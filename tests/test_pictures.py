@@ -31,6 +31,7 @@ MERGE = replace(SPEC, scorer="attention", reducer="merge")
 FAMILIES = {
     "predictor, drop": SPEC,
     "attention, merge": MERGE,
+    "distinct, merge": replace(MERGE, scorer="distinct"),
     "random, drop": replace(SPEC, scorer="random"),
     "lvvit": replace(SPEC, arch="lvvit_s"),
     "swin": SWIN,
