@@ -56,7 +56,7 @@ def share_scores(scores: Tensor, groups: Tensor) -> Tensor:
     """(B, S, N) scores, where a patch that has merged before a stage gets that of the token it is part of."""
     before, later = groups[:, :-1], scores[:, 1:]
     shared = later.gather(2, before.clamp(min=0))
-    return torch.cat([scores[:, :1], torch.where(later.isnan() & (before >= 0), shared, later)], dim=1)
+    return torch.cat([scores[:, :1], torch.where(before >= 0, shared, later)], dim=1)
 
 
 def has_fast_path(model: nn.Module) -> bool:

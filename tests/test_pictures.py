@@ -1,31 +1,42 @@
-import argparse
 import io
 import os
-import runpy
-import subprocess
-import sys
-import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ONE_THREAD
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import pictures
-from datasets import BatchTransform
-from main_dynamic_vit import build_model, parse_args
-from models import create_model
+from datasets import BatchTransform, DataOptions
+from errors import exit_status
+from models import ModelSpec, build_model, save_pretrained
+from models.pruning import Trace
 from shapes import Shapes
 from tools import visualize
 
-ROOT = Path(__file__).parents[1]
-MODEL = "--input-size 32 --patch-size 8 --embed-dim 32 --depth 4 --num-heads 2 --pruning-loc 1 2 3 --base-rate 0.6"
-GRID, KEPT = (4, 4), (9, 5, 3)  # of that model: 16 patches, of which int(16 * 0.6 ** stage) stay
+GRID, KEPT = (4, 4), (9, 5, 3)  # of SPEC: 16 patches, of which int(16 * 0.6 ** stage) stay
+SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+SPEC = ModelSpec("deit_tiny", base_rate=0.6, num_classes=2, img_size=32, sizes=SIZES, pruning_loc=(1, 2, 3))
+CONVNEXT = ModelSpec(
+    "convnext_t", 0.5, num_classes=2, img_size=64, sizes={"embed_dim": 8, "depths": (1, 1, 3, 1)}, pruning_loc=(1, 2)
+)
+SWIN_SIZES = {"embed_dim": 8, "depths": (1, 1, 3, 1), "num_heads": (1, 2, 2, 2), "window_size": 2}
+SWIN = replace(CONVNEXT, arch="swin_t", sizes=SWIN_SIZES)
+MERGE = replace(SPEC, scorer="attention", reducer="merge")
+FAMILIES = {
+    "predictor, drop": SPEC,
+    "attention, merge": MERGE,
+    "distinct, merge": replace(MERGE, scorer="distinct"),
+    "random, drop": replace(SPEC, scorer="random"),
+    "lvvit": replace(SPEC, arch="lvvit_s"),
+    "swin": SWIN,
+    "convnext": CONVNEXT,
+}
 
 
 def random_image(height: int, width: int) -> Tensor:
@@ -33,14 +44,21 @@ def random_image(height: int, width: int) -> Tensor:
     return torch.randint(0, 255, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def tiny_model(arch: str = "deit_tiny", num_classes: int = 2, **changes) -> tuple[torch.nn.Module, argparse.Namespace]:
-    args = parse_args(["--arch", arch, *MODEL.split()])
-    vars(args).update(num_classes=num_classes, **changes)
+def tiny_model(spec: ModelSpec = SPEC) -> nn.Module:
     torch.manual_seed(1)
-    model = build_model(args, dense=False).eval()
+    model = build_model(spec).eval()
     for parameter in model.parameters():  # far enough from initialisation that images differ in their scores
         parameter.data += 0.1 * torch.randn_like(parameter)
-    return model, args
+    return model
+
+
+def save_run(model: nn.Module, path: Path, **args: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.state_dict(), "spec": model.spec.to_dict(), "args": args}, path)
+
+
+def run(*args: str | Path) -> int:
+    return exit_status(lambda: visualize.command([*map(str, args)]))
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +72,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(pixels[:33, :81]).save(root / "val" / "cats" / "odd.png")
     Image.fromarray(pixels[:32, :32]).save(root / "val" / "dogs" / "small.png")
     (root / "val" / "notes.txt").write_text("no image")
-    model, args = tiny_model(data_path=str(root))
-    (root / "run").mkdir()
-    torch.save({"model": model.state_dict(), "args": vars(args)}, root / "run" / "checkpoint_last.pth")
+    save_run(tiny_model(), root / "run" / "checkpoint_last.pth", data_path=str(root), data_set="IMNET")
     return root
-
-
-def cli(module: str, *args: str | Path) -> int:
-    """Runs python -m module in this process; returns the exit status."""
-    argv = sys.argv
-    sys.argv = [module, *map(str, args)]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # that the module is imported already
-            runpy.run_module(module, run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = argv
 
 
 @pytest.mark.parametrize(("grid", "patch"), [((4, 4), (8, 8)), ((2, 3), (5, 5)), ((3, 2), (4, 7)), ((1, 5), (16, 16))])
@@ -79,27 +81,72 @@ def test_exactly_the_dropped_patches_are_white(grid: tuple[int, int], patch: tup
     (rows, columns), (patch_height, patch_width) = grid, patch
     height, width = rows * patch_height, columns * patch_width
     image = random_image(height, width)
-    kept = [torch.tensor([4, 0, 3]), torch.tensor([3, 4]), torch.tensor([4])]
-    assert pictures.keep_mask(kept, grid).flatten(1).nonzero().tolist() == [
-        *([0, 0], [0, 3], [0, 4]),
-        *([1, 3], [1, 4]),
-        *([2, 4],),
-    ]
+    groups = torch.full((3, rows * columns), -1)
+    stages = [[0, 3, 4], [3, 4], [4]]
+    for stage, kept in enumerate(stages):
+        groups[stage, kept] = torch.tensor(kept)
     gap = pictures.GAP
-    strip = pictures.strip(image, kept, grid)
+    strip = pictures.strip(image, groups, grid)
     assert strip.dtype == torch.uint8
     expected = torch.full((3, height + 2 * gap, 4 * width + 5 * gap), pictures.PAGE, dtype=torch.uint8)
-    for panel, indices in enumerate([range(rows * columns), *(stage.tolist() for stage in kept)]):
+    for panel, kept in enumerate([range(rows * columns), *stages]):
         for y in range(height):
             for x in range(width):
-                is_kept = (y // patch_height) * columns + x // patch_width in indices
+                is_kept = (y // patch_height) * columns + x // patch_width in kept
                 expected[:, gap + y, gap + panel * (width + gap) + x] = image[:, y, x] if is_kept else 255
     assert torch.equal(strip, expected)
 
 
-def test_grid_that_does_not_fit_the_picture() -> None:
-    with pytest.raises(ValueError, match="30 x 32 pixels cannot be cut into 4 x 4"):
-        pictures.strip(random_image(30, 32), [torch.tensor([0])], GRID)
+def test_merged_patches_share_their_mean_colour() -> None:
+    """Patches 0 and 1 of 2 x 3 are one token, and so are 3 and 5, which do not touch; 2 and 4 are as they were."""
+    image = torch.zeros(3, 8, 12, dtype=torch.uint8)
+    for patch, colour in enumerate([(10, 0, 0), (30, 0, 100), (0, 50, 0), (90, 90, 90), (7, 8, 9), (110, 70, 0)]):
+        row, column = divmod(patch, 3)
+        image[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = torch.tensor(colour)[:, None, None]
+    image[:, 6, 6] = 200  # a detail inside patch 4
+    panel = pictures.stage_panel(image, torch.tensor([1, 1, 2, 3, 4, 3]), (2, 3))
+
+    assert torch.equal(panel[:, :4, :8], torch.tensor([20, 0, 50], dtype=torch.uint8)[:, None, None].expand(3, 4, 8))
+    for left in (0, 8):  # but for the first row and column, where the border to another group is
+        inside = panel[:, 5:, left + 1 : left + 4].flatten(1)
+        assert torch.equal(inside, torch.tensor([[100], [80], [45]], dtype=torch.uint8).expand(3, 9))
+    assert torch.equal(panel[:, 5:, 5:8], image[:, 5:, 5:8])
+    border = (panel != image).all(dim=0) & (panel > 180).all(dim=0)
+    expected = torch.zeros(8, 12, dtype=torch.bool)
+    expected[4, :] = True  # between the rows every pair of patches has one that has merged
+    expected[:4, 8] = expected[4:, 4] = expected[4:, 8] = True  # and none between 0 and 1
+    assert torch.equal(border, expected)
+
+
+def test_unmerged_neighbours_have_no_border() -> None:
+    image = random_image(8, 16)
+    assert torch.equal(pictures.stage_panel(image, torch.arange(8), (2, 4)), image)
+
+
+def test_fast_path_is_faded_and_kept_locations_are_as_they_were() -> None:
+    image = random_image(8, 8)
+    image[:, :4, 4:] = torch.tensor([0, 90, 180], dtype=torch.uint8)[:, None, None]
+    panel = pictures.stage_panel(image, torch.tensor([0, -1, 2, 3]), (2, 2), fast_path=True)
+    assert torch.equal(panel[:, 4:], image[:, 4:]) and torch.equal(panel[:, :4, :4], image[:, :4, :4])
+    assert (panel[:, :4, 4:] == round(0.7 * 232 + 0.3 * 90)).all(), "grey, and lighter"
+
+
+def test_grid_that_does_not_divide_the_picture() -> None:
+    """As of a ConvNeXt on images of 7 pixels: 3 locations in a row."""
+    spread = pictures.spread_patches(torch.arange(6).view(2, 3), torch.zeros(3, 5, 7))
+    assert spread.tolist() == [[0, 0, 0, 1, 1, 2, 2]] * 3 + [[3, 3, 3, 4, 4, 5, 5]] * 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "shown"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 2, 3]), (9, [0, 4, 8]), (10, [0, 4, 9])]
+)
+def test_shown_stages_are_the_first_the_last_and_one_between(stages: int, shown: list[int]) -> None:
+    assert pictures.shown_stages(stages) == shown
+    image = random_image(8, 8)
+    groups = torch.arange(4).expand(stages, 4)
+    width = (len(shown) + 1) * (8 + 6) + 6
+    assert pictures.strip(image, groups, (2, 2)).shape == (3, 20, width)
+    assert pictures.heat_strip(image, torch.rand(stages, 4), (2, 2)).shape == (3, 20, width)
 
 
 def test_heat_map_is_lightest_where_the_score_peaks() -> None:
@@ -114,36 +161,55 @@ def test_heat_map_is_lightest_where_the_score_peaks() -> None:
     assert torch.isfinite(pictures.heat_map(torch.ones(6), (2, 3), image).float()).all()
 
 
-@pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
-def test_prune_tells_what_the_model_did_and_leaves_it_alone(arch: str) -> None:
-    model, _ = tiny_model(arch)
-    images = torch.stack([random_image(32, 32), random_image(32, 32).flip(2)])
-    with torch.no_grad():
-        logits = model(BatchTransform(torch.device("cpu"))(images))
+def test_merged_patches_have_the_score_of_their_token() -> None:
+    nan = torch.nan
+    scores = torch.tensor([[[0.1, 0.2, 0.3, 0.4], [nan, 0.5, nan, 0.6], [nan, 0.7, nan, nan]]])
+    groups = torch.tensor([[[1, 1, -1, 3], [1, 1, -1, 1], [1, 1, -1, 1]]])
+    shared = pictures.share_scores(scores, groups)
+    expected = torch.tensor([[[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, nan, 0.6], [0.7, 0.7, nan, 0.7]]])
+    torch.testing.assert_close(shared, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_can_be_drawn(spec: ModelSpec) -> None:
+    """What TensorBoard shows of a run; and prune leaves the model as it was."""
+    model, size = tiny_model(spec), spec.img_size
+    images = torch.stack([random_image(size, size), random_image(size, size).flip(2)])
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    pruning = pictures.prune(model, images)
-    assert model.training and not any(predictor._forward_hooks for predictor in model.score_predictor)
+    torch.manual_seed(3)
+    trace = pictures.prune(model, images)
+    assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    torch.testing.assert_close(pruning.logits, logits)
-    assert [indices.shape for indices in pruning.kept] == [(2, count) for count in KEPT]
-    for stage, indices in enumerate(pruning.kept):
-        scores = pruning.scores[:, stage]
-        assert ((scores >= 0) & (scores <= 1) | scores.isnan()).all()
-        best = scores.nan_to_num(-1).topk(KEPT[stage]).indices
-        assert torch.equal(best.sort().values, indices.sort().values)
-        left = [set(range(16))] * 2 if stage == 0 else [set(row) for row in pruning.kept[stage - 1].tolist()]
-        assert [set(row.isfinite().nonzero()[:, 0].tolist()) for row in scores] == left
+    torch.manual_seed(3)
+    with torch.no_grad():
+        logits = model.eval()(BatchTransform(torch.device("cpu"), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(images))
+    torch.testing.assert_close(trace.logits, logits)
+    finite = trace.scores[trace.scores.isfinite()]
+    assert model.scorer != "predictor" or ((finite >= 0) & (finite <= 1)).all()
+    for stage, kept in enumerate(trace.kept):  # the best of those that came in
+        best = trace.scores[:, stage].clone()
+        if model.reducer == "merge" and stage > 0:  # one patch of each token
+            best[trace.groups[:, stage - 1] != torch.arange(best.shape[1])] = torch.nan
+        best = best.nan_to_num(-1).topk(kept.shape[1]).indices
+        assert torch.equal(best.sort().values, kept.sort().values)
+    is_left = trace.groups[0, -1].flatten() < 0
+    assert is_left.any() != (model.reducer == "merge")
+
+    shape = pictures.sheet_of_strips(images, trace, pictures.has_fast_path(model)).shape
+    assert shape == pictures.sheet_of_heat_maps(images, trace).shape
+    panel = pictures.stage_panel(images[0], trace.groups[0, -1], trace.grid, pictures.has_fast_path(model))
+    left = panel[:, pictures.spread_patches(is_left.unflatten(0, trace.grid), panel)]
+    if pictures.has_fast_path(model):
+        assert (left == left[:1]).all() and (left < 255).all()
+    else:
+        assert (left == 255).all()
 
 
 def test_tensorboard_reads_back_what_was_drawn(tmp_path: Path) -> None:
-    model, _ = tiny_model()
     images = torch.stack([random_image(32, 32), random_image(32, 32).flip(1), random_image(32, 32).flip(2)])
-    pruning = pictures.prune(model, images)
-    sheets = {
-        "strips": pictures.sheet_of_strips(images, pruning, GRID),
-        "scores": pictures.sheet_of_heat_maps(images, pruning, GRID),
-    }
+    trace = pictures.prune(tiny_model(), images)
+    sheets = {"strips": pictures.sheet_of_strips(images, trace), "scores": pictures.sheet_of_heat_maps(images, trace)}
     with SummaryWriter(tmp_path) as writer:
         for tag, sheet in sheets.items():
             writer.add_image(tag, sheet, global_step=3)
@@ -154,15 +220,11 @@ def test_tensorboard_reads_back_what_was_drawn(tmp_path: Path) -> None:
         assert (event.step, event.width, event.height) == (3, 158 + 12, 3 * (44 + 6) + 6)
         read_back = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
         assert np.array_equal(read_back, sheet.permute(1, 2, 0).numpy())
-    kept = [indices[0] for indices in pruning.kept]
-    assert torch.equal(sheets["strips"][:, 6:50, 6:164], pictures.strip(images[0], kept, GRID))
+    assert torch.equal(sheets["strips"][:, 6:50, 6:164], pictures.strip(images[0], trace.groups[0], GRID))
 
 
 def test_visualize_a_folder(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.visualize", str(folder / "val"), "--gif", "--output", str(tmp_path / "out")]
-    command += ["--resume", str(folder / "run")]
-    result = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    assert run(folder / "val", "--gif", "--output", tmp_path / "out", "--resume", folder / "run") == 0
     names = ["000_gray", "001_odd", "002_small"]
     expected = {"contact_sheet.png", *(f"{name}_strip.png" for name in names), *(f"{name}.gif" for name in names)}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
@@ -177,92 +239,100 @@ def test_visualize_a_folder(folder: Path, tmp_path: Path) -> None:
     sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
     assert sheet.size == (size[0] + 12, 3 * (size[1] + 6) + 6)
 
-    model, _ = tiny_model()
     # a photo is resized and cropped as in ImageNet's validation, though it has the model's size
+    model = tiny_model()
     small = Image.open(folder / "val/dogs/small.png")
-    crop = visualize.preprocess(small, parse_args(MODEL.split()))
+    crop = visualize.preprocess(small, model.spec, "IMNET")
     assert crop.shape == (3, 32, 32) and not torch.equal(crop, random_image(60, 90)[:, :32, :32])
-    big = crop.repeat_interleave(7, dim=1).repeat_interleave(7, dim=2)
-    kept = [indices[0] for indices in pictures.prune(model, crop[None]).kept]
+    assert torch.equal(visualize.preprocess(small, model.spec, "CIFAR"), random_image(60, 90)[:, :32, :32])
+    groups = pictures.prune(model, crop[None]).groups[0]
     strip = torch.from_numpy(np.array(Image.open(tmp_path / "out/002_small_strip.png"))).permute(2, 0, 1)
-    for stage, panel in enumerate(pictures.panels(big, kept, GRID)):
+    for stage, panel in enumerate(pictures.panels(pictures.enlarge(crop, 7), groups, GRID)):
         left = 6 + stage * 230
         assert torch.equal(strip[:, 6:230, left : left + 224], panel)
 
 
-def test_visualize_shapes_and_one_image(folder: Path, tmp_path: Path) -> None:
-    checkpoint = folder / "run" / "checkpoint_last.pth"
-    assert cli("tools.visualize", "SHAPES", "--count", 2, "--resume", checkpoint, "--output", tmp_path) == 0
-    assert cli("tools.visualize", folder / "val/cats/odd.png", "--resume", checkpoint, "--output", tmp_path) == 0
-    names = {f"00{i}_{Shapes.classes[i].replace(' ', '_')}_strip.png" for i in (0, 1)}
-    assert {path.name for path in tmp_path.iterdir()} == {*names, "contact_sheet.png", "odd_strip.png"}
+@pytest.mark.parametrize(("spec", "stages"), [(CONVNEXT, 2), (replace(MERGE, img_size=(32, 48)), 3)])
+def test_visualize_other_families_and_sizes(spec: ModelSpec, stages: int, folder: Path, tmp_path: Path) -> None:
+    save_run(tiny_model(spec), tmp_path / "run.pth")
+    assert run(folder / "val/cats/odd.png", "--resume", tmp_path / "run.pth", "--output", tmp_path / "out") == 0
+    strip = Image.open(tmp_path / "out/odd_strip.png")
+    width = 48 * 5 if spec.reducer == "merge" else 64 * 4  # the factor that comes nearest to 224 pixels
+    assert strip.width == (stages + 1) * (width + 6) + 6
+
+
+def test_visualize_shapes_and_all_stages_of_a_saved_model(folder: Path, tmp_path: Path) -> None:
+    spec = replace(MERGE, sizes=SIZES | {"depth": 6}, pruning_loc=(1, 2, 3, 4, 5), base_rate=0.8)
+    save_pretrained(tiny_model(spec), tmp_path / "fast")
+    command = ["SHAPES", "--count", 2, "--resume", tmp_path / "fast", "--output", tmp_path / "out"]
+    for options, panels in ([], 4), (["--all-stages"], 6):
+        assert run(*command, *options) == 0
+        names = [f"00{i}_{Shapes.classes[i].replace(' ', '_')}_strip.png" for i in (0, 1)]
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "contact_sheet.png"}
+        assert Image.open(tmp_path / "out" / names[0]).width == panels * (224 + 6) + 6
+
+
+def test_visualize_dense_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A bare file without a description, made dynamic by flags."""
+    torch.save(build_model(replace(SPEC, dense=True)).state_dict(), tmp_path / "dense.pth")
+    flags = "--arch deit_tiny --input-size 32 --patch-size 8 --embed-dim 32 --depth 4 --num-heads 2 --pruning-loc 1 2"
+    flags = [*flags.split(), "--scorer", "attention", "--reducer", "merge", "--output", tmp_path / "out"]
+    assert run(folder / "val/cats/odd.png", "--pretrained", tmp_path / "dense.pth", *flags) == 0
+    assert Image.open(tmp_path / "out/odd_strip.png").width == 3 * 230 + 6
 
 
 def test_caption_gives_both_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, args = tiny_model(num_classes=5)
-    dense = build_model(args, dense=True).eval()
+    model = tiny_model(replace(SPEC, num_classes=5))
+    dense = build_model(replace(model.spec, dense=True)).eval()
     dense.load_state_dict({n: v for n, v in model.state_dict().items() if not n.startswith("score_predictor.")})
     image = random_image(32, 32)
-    normalised = BatchTransform(torch.device("cpu"))(image[None])
+    normalised = BatchTransform(torch.device("cpu"), model.spec.preprocessing.mean, model.spec.preprocessing.std)
     with torch.no_grad():
-        probabilities = {"all tokens": dense(normalised).softmax(1)[0], "dynamic": model(normalised).softmax(1)[0]}
+        logits = {"all tokens": dense(normalised(image[None])), "dynamic": model(normalised(image[None]))}
+    probabilities = {what: values.softmax(1)[0] for what, values in logits.items()}
     assert probabilities["all tokens"].max() != probabilities["dynamic"].max()
 
     texts = []
     monkeypatch.setattr(pictures, "caption", lambda picture, lines, **_: texts.append(lines) or picture)
-    visualize.draw(model, image, ["ant", "bee", "cat", "dog", "eel"], trained=True)
+    names = ["ant", "bee", "cat", "dog", "eel"]
+    visualize.draw(model, image, names, trained=True)
     *panels, lines = texts
     assert panels == [["input"], *([f"stage {i}: {kept} of 16 tokens"] for i, kept in enumerate(KEPT, 1))]
-    assert lines == [
-        f"{what}: {['ant', 'bee', 'cat', 'dog', 'eel'][p.argmax()]}, {p.max():.1%}" for what, p in probabilities.items()
-    ]
-    visualize.draw(model, image, ["ant", "bee", "cat", "dog", "eel"], trained=False)
+    assert lines == [f"{what}: {names[p.argmax()]}, {p.max():.1%}" for what, p in probabilities.items()]
+    visualize.draw(model, image, names, trained=False)
     assert texts[-1][1].startswith("dynamic, untrained: ")
 
 
+def test_embeddings_are_compared_by_their_cosine() -> None:
+    (line,) = visualize.answers(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0]), [], trained=True)
+    assert line == "dynamic: embedding with cosine 0.600 to that of all tokens"
+
+
+def test_locations_of_a_fast_path_are_not_called_tokens() -> None:
+    trace = Trace(
+        torch.zeros(1, 2), [torch.zeros(1, 3, dtype=torch.long)], torch.zeros(1, 1, 6), torch.zeros(1), (2, 3)
+    )
+    assert visualize.stage_labels(trace, fast_path=True) == ["stage 1: 3 of 6 locations"]
+
+
 def test_class_names(folder: Path) -> None:
-    _, args = tiny_model(data_path=str(folder))
-    assert visualize.class_names(args) == ["cats", "dogs"]
-    args.data_path = str(folder / "moved")
-    assert visualize.class_names(args) == ["class 0", "class 1"]
-    args.num_classes = 1000
-    assert visualize.class_names(args)[:2] == ["tench", "goldfish"]
-    args.num_classes, args.data_set = len(Shapes.classes), "SHAPES"
-    assert list(visualize.class_names(args)) == list(Shapes.classes)
+    data = DataOptions("IMNET", str(folder))
+    assert visualize.class_names(SPEC, data) == ["cats", "dogs"]
+    assert visualize.class_names(replace(SPEC, class_names=("ant", "bee")), data) == ("ant", "bee")
+    assert visualize.class_names(SPEC, replace(data, data_path=str(folder / "moved"))) == ["class 0", "class 1"]
+    assert visualize.class_names(replace(SPEC, num_classes=1000), data)[:2] == ["tench", "goldfish"]
+    shapes = replace(SPEC, num_classes=len(Shapes.classes))
+    assert list(visualize.class_names(shapes, DataOptions("SHAPES"))) == list(Shapes.classes)
 
 
-def test_arguments_come_from_the_checkpoint_unless_given(folder: Path, tmp_path: Path) -> None:
-    model, args = tiny_model("lvvit_s", num_classes=7)
-    # published checkpoints hold a Namespace, with arguments of their own in it
-    stored = argparse.Namespace(**vars(args) | {"keep_rates": [0.9, 0.8, 0.7], "num_classes": None, "auto_resume": 1})
-    file = tmp_path / "published.pth"
-    torch.save({"model": model.state_dict(), "args": stored}, file)
-    options = visualize.build_parser().parse_args(["x.png", "--resume", str(file)])
-    loaded, loaded_args, trained = visualize.load_model(options)
-    assert trained and loaded.keep_rates == (0.9, 0.8, 0.7) and hasattr(loaded, "aux_head")
-    assert loaded_args.num_classes == 7 and not hasattr(loaded_args, "auto_resume")
-    loaded, _, _ = visualize.load_model(options, base_rate=0.5)
-    assert loaded.keep_rates == (0.5, 0.25, 0.125)
-
-    dense = create_model("deit_tiny", num_classes=3, img_size=32, dense=True)
-    torch.save(dense.state_dict(), file)
-    options = ["x.png", "--pretrained", str(file), "--arch", "deit_tiny", "--input-size", "64"]
-    loaded, loaded_args, trained = visualize.load_model(visualize.build_parser().parse_args(options))
-    assert not trained and loaded.patch_embed.grid_size == (4, 4) and loaded_args.num_classes == 3
-
-
-def test_newest_run_and_its_best_checkpoint_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newest_run_is_the_default(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    times = {"logs/old/checkpoint_best.pth": 10, "logs/new/checkpoint_best.pth": 20, "logs/new/checkpoint_last.pth": 30}
-    for name, time in times.items():
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    for time, (name, spec) in enumerate({"old": MERGE, "new": replace(SPEC, pruning_loc=(1, 2))}.items()):
+        path = tmp_path / "logs" / name / "checkpoint_best.pth"
+        save_run(tiny_model(spec), path)
         os.utime(path, (time, time))
-    assert visualize.locate_checkpoint(None) == Path("logs/new/checkpoint_best.pth")
-    assert visualize.locate_checkpoint("logs/old") == Path("logs/old/checkpoint_best.pth")
-    os.utime("logs/old/checkpoint_best.pth", (40, 40))
-    assert visualize.locate_checkpoint(None) == Path("logs/old/checkpoint_best.pth")
+    assert run(folder / "val/cats/odd.png") == 0
+    assert Image.open("logs/pictures/odd_strip.png").width == 3 * 230 + 6
 
 
 @pytest.mark.parametrize(
@@ -270,16 +340,16 @@ def test_newest_run_and_its_best_checkpoint_are_the_default(tmp_path: Path, monk
     [
         (["photo.png"], "no trained run under logs/"),
         (["photo.png", "--resume", "missing.pth"], "no such file: missing.pth"),
-        (["photo.png", "--resume", "."], "no checkpoint_best.pth or checkpoint_last.pth in ."),
+        (["photo.png", "--resume", "empty"], "no checkpoint_best.pth or checkpoint_last.pth in empty"),
         (["photo.png", "--resume", "photo.png"], "photo.png is not a checkpoint"),
         (["photo.png", "--pretrained", "bare.pth"], "bare.pth does not tell its architecture; add --arch"),
-        (["photo.png", "--pretrained", "bare.pth", "--arch", "deit_tiny"], "bare.pth holds no classifier"),
-        (["photo.png", "--resume", "{run}", "--arch", "lvvit_s"], "the weights do not fit the model"),
+        (["photo.png", "--pretrained", "bare.pth", "--resume", "{run}"], "give one of them"),
+        (["photo.png", "--resume", "{run}", "--dense"], "a dense model keeps all its tokens"),
         (["missing.png", "--resume", "{run}"], "no image, and no folder of images: missing.png"),
         (["empty", "--resume", "{run}"], "no image, and no folder of images: empty"),
         (["bare.pth", "--resume", "{run}"], "cannot read image bare.pth"),
         (["photo.png", "--resume", "{run}", "--base-rate", "1.5"], "keep rates must lie in (0, 1]"),
-        (["photo.png", "--resume", "{run}", "--count", "0"], "--count must be at least 1"),
+        (["photo.png", "--resume", "{run}", "--count", "0"], "argument --count: must be positive"),
         (["photo.png", "--resume", "{run}", "--output", "bare.pth"], "File exists: 'bare.pth'"),
     ],
 )
@@ -295,7 +365,6 @@ def test_user_errors_are_one_line(
     Image.new("RGB", (32, 32)).save("photo.png")
     Path("empty").mkdir()
     torch.save({"weight": torch.zeros(1)}, "bare.pth")
-    assert cli("tools.visualize", *(word.format(run=folder / "run") for word in args)) == 2
-    stderr = capsys.readouterr().err
-    assert message in stderr
-    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert run(*(word.format(run=folder / "run") for word in args)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: this PyTorch")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
