@@ -10,14 +10,13 @@ from PIL import Image
 
 from errors import exit_status
 from flops import count_gflops
-from models import ModelSpec, build_model, create_model, geometric_keep_rates
+from models import REDUCERS, SCORERS, ModelSpec, build_model, create_model, geometric_keep_rates
 from tools import sweep
 from tools.tome import ToMe, merge_most_similar
 
 CPU = torch.device("cpu")
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "pruning_loc": (1, 2, 3)}
-NAMES = ["untrained + drop", "untrained + merge", "attention + drop", "attention + merge", "random + drop"]
-NAMES += ["random + merge", "ToMe"]
+NAMES = [f"{scorer} + {reducer}" for scorer in ("untrained", *SCORERS[1:]) for reducer in REDUCERS] + ["ToMe"]
 
 
 def small_model(arch: str = "deit_tiny", num_classes: int = 5, **changes: object) -> torch.nn.Module:
@@ -62,10 +61,10 @@ def test_sweep(weights: Path, image_folder: Path, tmp_path: Path) -> None:
     rows = read_rows(tmp_path)
     names = [row["method"].partition(",")[0] for row in rows]
     assert names == ["dense", *NAMES, *NAMES]
-    assert [float(row["base_rate"]) for row in rows] == [1.0, *[0.8] * 7, *[0.5] * 7]
+    assert [float(row["base_rate"]) for row in rows] == [1.0, *[0.8] * len(NAMES), *[0.5] * len(NAMES)]
     dense = rows[0]
     assert (float(dense["agreement"]), float(dense["kl"]), float(dense["top1_change"])) == (100, 0, 0)
-    for milder, harder in zip(rows[1:8], rows[8:], strict=True):
+    for milder, harder in zip(rows[1 : len(NAMES) + 1], rows[len(NAMES) + 1 :], strict=True):
         assert float(dense["gflops"]) > float(milder["gflops"]) > float(harder["gflops"])
         assert float(milder["kl"]) > 0 and float(milder["images_per_s"]) > 0
     model = small_model(num_classes=2)
