@@ -344,7 +344,7 @@ def plot(rows: Sequence[Row], title: str) -> "Figure":
 
 
 def hardware(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def command(argv: Sequence[str] | None = None) -> None:
