@@ -1,136 +1,244 @@
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import PRUNING, TINY_MODEL, write_images
 from PIL import Image
-from test_pictures import ROOT, cli, random_image, tiny_model
 
+from errors import exit_status
 from flops import count_gflops
-from models import geometric_keep_rates
+from models import REDUCERS, SCORERS, ModelSpec, build_model, create_model, geometric_keep_rates
 from tools import sweep
+from tools.tome import ToMe, merge_most_similar
 
-METHODS = ["learned", "random", "class attention"]
+CPU = torch.device("cpu")
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "pruning_loc": (1, 2, 3)}
+NAMES = [f"{scorer} + {reducer}" for scorer in ("untrained", *SCORERS[1:]) for reducer in REDUCERS] + ["ToMe"]
+
+
+def small_model(arch: str = "deit_tiny", num_classes: int = 5, **changes: object) -> torch.nn.Module:
+    """Far enough from initialisation that images differ in their answers."""
+    torch.manual_seed(1)
+    model = create_model(arch, num_classes=num_classes, **{**SMALL, **changes}).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randint(0, 255, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def as_float(batch: torch.Tensor) -> torch.Tensor:
+    return batch.float() / 64 - 2
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint beside 2 classes of 5 validation images; it names no data folder."""
-    root = tmp_path_factory.mktemp("data")
-    pixels = random_image(40, 90).permute(1, 2, 0).numpy()
-    for shift in range(10):
-        folder = root / "val" / ("cats", "dogs")[shift % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[:, 5 * shift : 5 * shift + 40]).save(folder / f"{shift}.png")
-    model, args = tiny_model(amp="off")
-    torch.save({"model": model.state_dict(), "args": vars(args)}, root / "tiny.pth")
-    return root / "tiny.pth"
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense weights for two classes."""
+    path = tmp_path_factory.mktemp("weights") / "dense.pth"
+    model = small_model(num_classes=2, dense=True, pruning_loc=None)
+    torch.save({"model": model.state_dict()}, path)
+    return path
 
 
-def test_sweep(checkpoint: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.sweep", "--resume", str(checkpoint), "--data-path", str(checkpoint.parent)]
-    command += "--base-rates 1.0 0.7 0.4 --batch-size 4 --num-workers 0 --device cpu".split()
-    command += ["--output", str(tmp_path / "out")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    with open(tmp_path / "out" / "sweep.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["method"], row["base_rate"]) for row in rows] == [
-        (m, r) for r in ("1.0", "0.7", "0.4") for m in METHODS
-    ]
-    for method in METHODS:
-        gflops = [float(row["gflops"]) for row in rows if row["method"] == method]
-        assert gflops[0] > gflops[1] > gflops[2]
-    assert len({row["top1"] for row in rows if row["base_rate"] == "1.0"}) == 1
-    assert all(float(row["images_per_s"]) > 0 for row in rows)
-
-    model, _ = tiny_model()
-    model.set_keep_rates(geometric_keep_rates(0.7, 3))
-    assert float(rows[3]["gflops"]) == pytest.approx(count_gflops(model, 32))
-    assert Image.open(tmp_path / "out" / "sweep.png").size == (1500, 630)
+def run(weights: Path, *args: str | Path) -> int:
+    flags = ["--pretrained", weights, *TINY_MODEL, *"--batch-size 4 --num-workers 0 --device cpu --amp off".split()]
+    flags += PRUNING if "--pruning-loc" not in args else []
+    return exit_status(lambda: sweep.command([str(word) for word in (*flags, *args)]))
 
 
-def test_accuracy_counts_every_image_once() -> None:
-    """10 images in batches of 4; the model's own predictions as labels, but for 3 of them."""
-    model, _ = tiny_model(num_classes=5)
-    images = torch.stack([random_image(32, 32).roll(shift, dims=2) for shift in range(10)])
-    device = torch.device("cpu")
-    model.set_keep_rates(geometric_keep_rates(0.6, 3))
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "sweep.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_sweep(weights: Path, image_folder: Path, tmp_path: Path) -> None:
+    assert run(weights, "--data-path", image_folder, "--base-rates", "0.8", "0.5", "--output", tmp_path) == 0
+    rows = read_rows(tmp_path)
+    names = [row["method"].partition(",")[0] for row in rows]
+    assert names == ["dense", *NAMES, *NAMES]
+    assert [float(row["base_rate"]) for row in rows] == [1.0, *[0.8] * len(NAMES), *[0.5] * len(NAMES)]
+    dense = rows[0]
+    assert (float(dense["agreement"]), float(dense["kl"]), float(dense["top1_change"])) == (100, 0, 0)
+    for milder, harder in zip(rows[1 : len(NAMES) + 1], rows[len(NAMES) + 1 :], strict=True):
+        assert float(dense["gflops"]) > float(milder["gflops"]) > float(harder["gflops"])
+        assert float(milder["kl"]) > 0 and float(milder["images_per_s"]) > 0
+    model = small_model(num_classes=2)
+    model.set_keep_rates(geometric_keep_rates(0.8, 3))
+    assert float(rows[1]["gflops"]) == pytest.approx(count_gflops(model, 32))
+
+    per_image = np.load(tmp_path / "sweep.npz")
+    for row, name in zip(rows, names, strict=True):
+        key = f"{name} {float(row['base_rate'])}"
+        correct, dense_correct = per_image[f"{key} correct"], per_image["dense 1.0 correct"]
+        assert len(correct) == 7, "every image once, the last batch too"
+        assert float(row["top1"]) == pytest.approx(100 * correct.mean(), abs=1e-3)
+        assert float(row["top1_change"]) == pytest.approx(100 * (correct - dense_correct).mean(), abs=1e-3)
+        error = per_image[f"{key} kl"].std(ddof=1) / 7**0.5
+        assert float(row["kl_se"]) == pytest.approx(error, rel=1e-3, abs=1e-9)
+    assert Image.open(tmp_path / "sweep.png").size == (1650, 690)
+
+
+def test_folder_without_labels(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_images(tmp_path / "photos", 5)
+    output = tmp_path / "out"
+    methods = ["--methods", "tome", "attention+merge", "--base-rates", "0.6"]
+    assert run(weights, "--data-path", tmp_path / "photos", *methods, "--output", output) == 0
+    assert "no labels: agreement and KL only" in capsys.readouterr().out
+    dense, tome, merged = read_rows(output)
+    assert merged["method"] == "attention + merge" and tome["method"].startswith("ToMe, r = ")
+    assert {row["top1"] for row in (dense, tome, merged)} == {""}
+    assert float(merged["kl"]) > 0
+
+
+def test_class_folders_that_are_not_the_models(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("ants", "bees", "cats"):
+        write_images(tmp_path / "photos" / name, 2)
+    one = ["--methods", "random+drop", "--base-rates", "0.6"]
+    assert run(weights, "--data-path", tmp_path / "photos", *one, "--output", tmp_path / "out") == 0
+    assert "the 3 classes of the images are not the model's 2" in capsys.readouterr().out
+    assert {row["top1"] for row in read_rows(tmp_path / "out")} == {""}
+
+
+def test_class_folders_in_a_folder_of_their_own_are_labels(weights: Path, image_folder: Path, tmp_path: Path) -> None:
+    one = ["--methods", "random+drop", "--base-rates", "0.6"]
+    assert run(weights, "--data-path", image_folder / "val", *one, "--output", tmp_path / "flat") == 0
+    assert run(weights, "--data-path", image_folder, *one, "--output", tmp_path / "val") == 0
+    flat, val = read_rows(tmp_path / "flat"), read_rows(tmp_path / "val")
+    assert [row["top1"] for row in flat] == [row["top1"] for row in val] != ["", ""]
+
+
+def test_values_of_each_image() -> None:
+    """10 images in batches of 4, in turns; the dense model's own answers as labels, but for 3 of them."""
+    model = small_model()
+    models = sweep.build_models(model, ["attention+drop"], trained=False, device=CPU)
+    sweep.set_base_rate(models, 0.6, model.spec)
+    batch = images(10)
     with torch.no_grad():
-        labels = model(sweep.BatchTransform(device)(images)).argmax(dim=1)
+        dense, reduced = (models[name](as_float(batch)) for name in ("dense", "attention + drop"))
+    labels = dense.argmax(dim=1)
     labels[[0, 4, 9]] = (labels[[0, 4, 9]] + 1) % 5
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=4)
-    (row,) = sweep.evaluate_at(0.6, {"learned": model}, loader, device, None, 32)
-    assert row["top1"] == 70
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batch, labels), batch_size=4)
+    answers = sweep.compare(models, loader, as_float, CPU, None, labelled=True)
+    assert answers["dense"].correct.tolist() == [0, 1, 1, 1, 0, 1, 1, 1, 1, 0]
+    expected = F.softmax(dense, -1) * (F.log_softmax(dense, -1) - F.log_softmax(reduced, -1))
+    np.testing.assert_allclose(answers["attention + drop"].kl, expected.sum(dim=1), rtol=1e-3, atol=1e-6)
+    assert answers["attention + drop"].agrees.tolist() == (dense.argmax(1) == reduced.argmax(1)).tolist()
+
+
+def test_errors_are_paired() -> None:
+    """Right on 3 of 4, dense on 2: they differ on three images, by +1, +1 and -1."""
+    correct, dense = np.array([1.0, 1, 0, 1]), np.array([0.0, 0, 1, 1])
+    blank, seconds = np.zeros(4), np.ones(1)
+    row = sweep.summarize(
+        sweep.Answers(correct, dense, blank, seconds / 2), sweep.Answers(dense, dense, blank, seconds)
+    )
+    assert (row["top1"], row["top1_change"], row["speedup"]) == (75, 25, 2)
+    assert row["top1_se"] == pytest.approx(25)  # variance 1/4 by n - 1, over 4 images
+    assert row["top1_change_se"] == pytest.approx(100 * (11 / 12 / 4) ** 0.5)  # squares about 1/4: 2.75, over 3
 
 
 @pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
-def test_class_attention_is_the_attention_of_the_block_before(arch: str) -> None:
-    model, _ = tiny_model(arch)
-    variants = sweep.make_variants(model, trained=True)
-    assert list(variants) == METHODS
-    attentive = variants["class attention"]
-    attention, scores = [], []
-    for block in attentive.blocks:
-        block.attn.fused_attn = False  # the plain kernel shows its weights to the dropout
-        block.attn.attn_drop.register_forward_hook(lambda _, inputs, __: attention.append(inputs[0]))
-    for scorer in attentive.score_predictor:
-        scorer.register_forward_hook(lambda _, __, output: scores.append(output))
+def test_methods_differ_in_nothing_but_tokens(arch: str) -> None:
+    model = small_model(arch)
+    models = sweep.build_models(model, sweep.METHODS, trained=True, device=CPU)
+    assert {"dense", "learned + drop", "learned + merge", "ToMe"} < set(models)
+    x = as_float(images(4))
     with torch.no_grad():
-        _, kept = attentive.forward_pruned(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
-    assert len(scores) == 3
-    for stage, score in enumerate(scores):
-        expected = attention[stage][:, :, 0, 1:].mean(dim=1)  # stages 0, 1, 2 come after blocks 0, 1, 2
-        torch.testing.assert_close(score[..., 0], expected)
-    assert torch.equal(kept[0], attention[0][:, :, 0, 1:].mean(dim=1).topk(9).indices)
-    assert not any(block.attn.qkv._forward_hooks for block in model.blocks), "the learned scores' model stays as it was"
+        dense = models["dense"](x)
+        sweep.set_base_rate(models, 0.6, model.spec)
+        differing = [name for name, m in models.items() if not torch.allclose(m(x), dense, atol=1e-4)]
+        assert differing == list(models)[1:]
+        for name, variant in models.items():
+            if hasattr(variant, "set_keep_rates"):
+                variant.set_keep_rates([1.0] * 3)
+            elif name == "ToMe":
+                variant.r = 0
+            torch.testing.assert_close(variant(x), dense, atol=1e-4, rtol=1e-4)
+            assert next(variant.parameters()).data_ptr() in {p.data_ptr() for p in model.parameters()}
+    learned = [models[f"learned + {reducer}"].score_predictor[0].in_conv[1].weight for reducer in ("drop", "merge")]
+    assert len({w.data_ptr() for w in (*learned, model.score_predictor[0].in_conv[1].weight)}) == 1
 
 
-@pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
-def test_methods_differ_in_the_tokens_kept_only(arch: str) -> None:
-    variants = sweep.make_variants(tiny_model(arch, num_classes=5)[0], trained=True)
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    logits, kept = {}, {}
+def test_what_a_backbone_cannot_do_is_left_out(capsys: pytest.CaptureFixture) -> None:
+    model = small_model(pruning_loc=(0, 2))
+    names = list(sweep.build_models(model, ["predictor+drop", "attention+merge"], trained=True, device=CPU))
+    assert names == ["dense", "learned + drop"]
+    assert "attention+merge is left out: the attention scorer reads the block before" in capsys.readouterr().out
+
+    sizes = {"embed_dim": 8, "depths": (1, 1, 4, 1)}
+    model = build_model(ModelSpec("convnext_t", num_classes=3, img_size=32, sizes=sizes, pruning_loc=(1, 2, 3))).eval()
+    models = sweep.build_models(model, sweep.METHODS, trained=True, device=CPU)
+    assert list(models) == ["dense", "learned"]
+    assert capsys.readouterr().out.count("\n") == 1
+    sweep.set_base_rate(models, 0.7, model.spec)
+    assert models["learned"].keep_rates == pytest.approx((0.7, 0.5, 0.3))
+
+
+def test_tome_takes_the_nearest_cost() -> None:
+    tome = sweep.build_models(small_model(), ["tome"], trained=False, device=CPU)["ToMe"]
+    costs = []
+    for tome.r in range(9):
+        costs.append(count_gflops(tome, 32))
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[1] > costs[2]
+    assert sweep.nearest_r(tome, 0.6 * costs[1] + 0.4 * costs[2], 32) == 1
+    assert sweep.nearest_r(tome, 0.4 * costs[1] + 0.6 * costs[2], 32) == 2
+    assert sweep.nearest_r(tome, 2 * costs[0], 32) == 0
+    assert sweep.nearest_r(tome, 0.0, 32) == costs.index(costs[-1])
+
+
+def test_tome_merges_the_most_similar_pair_by_size() -> None:
+    """Tokens 1 and 3 look among 0, 2, 4. Token 3 is closest, to 4; token 1's best is 0, less alike."""
+    keys = torch.tensor([[[1.0, 0.0], [0.9, 0.5], [-1.0, 0.2], [0.1, 1.0], [0.0, 1.0]]])
+    x = torch.tensor([[[7.0], [10.0], [20.0], [30.0], [40.0], [60.0]]])  # the class token's first
+    size = torch.tensor([[1.0, 1.0, 2.0, 3.0, 1.0]])
+    merged, sizes = merge_most_similar(x, keys, size, r=1, num_prefix=1)
+    assert merged.flatten().tolist() == [7, 20, 10, 30, 45]  # 45 = (3 * 40 + 60) / 4
+    assert sizes.tolist() == [[1, 1, 2, 4]]
+    merged, sizes = merge_most_similar(x, keys, size, r=9, num_prefix=1)  # no more than there are
+    assert merged.flatten().tolist() == [7, 15, 30, 45]
+    assert sizes.tolist() == [[2, 2, 4]]
+
+
+def test_tome_in_a_block() -> None:
+    """The attention of the next block weighs a merged token by its size: equal to the token repeated."""
+    model = small_model(dense=True, pruning_loc=None, depth=2)
+    x = as_float(images(2))
+    same = x.clone()
+    same[:, :, :, 8:16] = same[:, :, :, :8]  # patches 0 and 1, 4 and 5, ... are equal
+    model.pos_embed.data.zero_()
+    tome = ToMe(model, r=4)
     with torch.no_grad():
-        for name, model in variants.items():
-            kept[name] = model.forward_pruned(images)[1][0].sort().values.tolist()
-            model.set_keep_rates([1.0] * 3)
-            logits[name] = model(images)
-    for name in METHODS[1:]:
-        assert kept[name] != kept["learned"]
-        torch.testing.assert_close(logits[name], logits["learned"])
-
-
-def test_no_class_attention_before_the_first_block_and_no_learned_scores_without_training() -> None:
-    model, _ = tiny_model(pruning_loc=[0, 2])
-    assert list(sweep.make_variants(model, trained=False)) == ["untrained", "random"]
+        torch.testing.assert_close(tome(same), model(same), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--data-path", "nowhere"], "no data folder nowhere"),
-        (["--base-rates", "0.5", "0"], "--base-rates: keep rates must lie in (0, 1]"),
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--base-rates", "0.5", "0"], "keep rates must lie in (0, 1]"),
+        (["--batch-size", "0"], "must be positive, got 0"),
         (["--device", "toaster"], "unknown --device toaster"),
+        (["--scorer", "random"], "--scorer is what a sweep varies"),
+        (["--methods", "magic"], "invalid choice: 'magic'"),
     ],
 )
 def test_user_errors_are_one_line(
-    args: list[str], message: str, checkpoint: Path, capsys: pytest.CaptureFixture
+    args: list[str], message: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert cli("tools.sweep", "--resume", checkpoint, *args) == 2
+    assert run(weights, *args, "--output", tmp_path) == 2
     stderr = capsys.readouterr().err
     assert message in stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
 
 
 def test_missing_matplotlib_is_said_before_any_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert cli("tools.sweep", "--resume", "missing.pth") == 2
+    monkeypatch.setattr(sweep, "Figure", None)
+    assert run(weights) == 2
     assert capsys.readouterr().err == "error: the plot needs matplotlib; get it: pip install -r requirements-dev.txt\n"

@@ -39,7 +39,7 @@ from engine import autocast
 from errors import UserError, exit_status
 from flops import count_gflops
 from losses import kl_divergence
-from models import ModelError, ModelSpec, build_model
+from models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model
 from models.factory import default_keep_rates
 from models.pruning import TokenPruning, choose_attention
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, RUNS, OneLineParser, add_model_flags, load_trained_model, number
@@ -54,10 +54,7 @@ except ImportError:  # needed for development only, so not installed everywhere
 
 BASE_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
 DENSE, TOME = "dense", "tome"
-METHODS = (
-    *(f"{scorer}+{reducer}" for scorer in ("predictor", "attention", "random") for reducer in ("drop", "merge")),
-    TOME,
-)
+METHODS = (*(f"{scorer}+{reducer}" for scorer in SCORERS for reducer in REDUCERS), TOME)
 VARIED = ("dense", "base_rate", "keep_rates", "scorer", "reducer")  # flags of a model that a sweep varies itself
 # Column: heading, width and decimals in the table; top-1 and agreement in percent, se is the standard error.
 COLUMNS = {
@@ -347,7 +344,7 @@ def plot(rows: Sequence[Row], title: str) -> "Figure":
 
 
 def hardware(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def command(argv: Sequence[str] | None = None) -> None:
