@@ -209,7 +209,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume", default="auto", help="a checkpoint; 'auto': the run in --output-dir, if it is this one; 'none'")
     add("--eval", action="store_true", help="evaluate only")
     add("--device", default="auto", help="auto, cuda or cpu")
-    add("--seed", type=number(int, SEED), default=0)
+    add("--seed", type=number(int, SEED), default=Recipe.seed)
     add("--print-freq", type=number(int, POSITIVE), default=50, help="steps between progress lines")
     add("--save-freq", default="0", help="steps (500) or minutes (15m) between checkpoints; 0: ends of epochs only")
 
@@ -219,10 +219,20 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--recipe", choices=RECIPES, help="defaults of what follows (default: the paper's that the model is from)")
     add("--epochs", type=number(int, POSITIVE), help=by_recipe("epochs"))
-    add("--batch-size", type=number(int, POSITIVE), default=64, help="images for each process and forward pass")
-    add("--update-freq", type=number(int, POSITIVE), default=1, help="forward passes to an optimizer step")
-    add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="mixed precision")
-    add("--compile", action=flag, default=False, help="torch.compile student and teacher, for validation too")
+    add(
+        "--batch-size",
+        type=number(int, POSITIVE),
+        default=Recipe.batch_size,
+        help="images for each process and forward pass",
+    )
+    add(
+        "--update-freq",
+        type=number(int, POSITIVE),
+        default=Recipe.update_freq,
+        help="forward passes to an optimizer step",
+    )
+    add("--amp", choices=("auto", *AMP_DTYPES), default=Recipe.amp, help="mixed precision")
+    add("--compile", action=flag, default=Recipe.compile, help="torch.compile student and teacher, for validation too")
     add("--lr", type=number(float, POSITIVE), help=by_recipe("lr", "neurips: for 512 images a step, scaled to yours"))
     add("--min-lr", type=number(float, NOT_NEGATIVE), help=by_recipe("min_lr"))
     add(
@@ -240,10 +250,12 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         type=number(float, NOT_NEGATIVE),
         help="with the backbone frozen (default: neurips --warmup-epochs, journal 5)",
     )
-    add("--weight-decay", type=number(float, NOT_NEGATIVE), default=0.05)
+    add("--weight-decay", type=number(float, NOT_NEGATIVE), default=Recipe.weight_decay)
     add("--clip-grad", type=number(float, POSITIVE), help=by_recipe("clip_grad", "largest gradient norm"))
-    add("--drop-path", type=number(float, BELOW_ONE), default=0.0, help="at the last block, 0 at the first")
-    add("--model-ema", action=flag, default=True, help="also keep and evaluate the weights' moving average")
+    add(
+        "--drop-path", type=number(float, BELOW_ONE), default=Recipe.drop_path, help="at the last block, 0 at the first"
+    )
+    add("--model-ema", action=flag, default=Recipe.model_ema, help="also keep and evaluate the weights' moving average")
     add("--model-ema-decay", type=number(float, SHARE), help=by_recipe("model_ema_decay"))
 
     add("--distill", action="store_true", help="learn from the dense backbone")
@@ -267,7 +279,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         type=number(float, NOT_NEGATIVE),
         help=by_recipe("token_weight", "of the tokens' distillation beside the logits'"),
     )
-    add("--smoothing", type=number(float, BELOW_ONE), default=0.1, help="label smoothing")
+    add("--smoothing", type=number(float, BELOW_ONE), default=Recipe.smoothing, help="label smoothing")
 
 
 def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
@@ -291,9 +303,14 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erased pixels become")
     add("--mixup", type=number(float, NOT_NEGATIVE), help=by_recipe("mixup", "alpha; 0 is off"))
     add("--cutmix", type=number(float, NOT_NEGATIVE), help=by_recipe("cutmix", "alpha; 0 is off"))
-    add("--mixup-prob", type=number(float, SHARE), default=1.0, help="of mixup or cutmix")
-    add("--mixup-switch-prob", type=number(float, SHARE), default=0.5, help="of cutmix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    add("--mixup-prob", type=number(float, SHARE), default=Recipe.mixup_prob, help="of mixup or cutmix")
+    add(
+        "--mixup-switch-prob",
+        type=number(float, SHARE),
+        default=Recipe.mixup_switch_prob,
+        help="of cutmix where both are on",
+    )
+    add("--mixup-mode", default=Recipe.mixup_mode, choices=("batch", "pair", "elem"))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

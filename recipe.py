@@ -3,8 +3,9 @@ average, and the Trainer made of them."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,33 +33,33 @@ class Recipe:
 
     recipe: str
     epochs: int
-    batch_size: int  # images for each process and forward pass
-    update_freq: int
     lr: float
     min_lr: float
     backbone_lr_scale: float
     warmup_epochs: float
     frozen_epochs: float
-    weight_decay: float
     clip_grad: float | None
-    model_ema: bool
     model_ema_decay: float
-    distill: bool
     cls_weight: float
     ratio_weight: float
     distill_weight: float
     token_weight: float
-    smoothing: float
     mixup: float
     cutmix: float
-    mixup_prob: float
-    mixup_switch_prob: float
-    mixup_mode: str
     repeated_aug: bool
-    drop_path: float
-    amp: str
-    compile: bool
-    seed: int
+    batch_size: int = 64  # images for each process and forward pass
+    update_freq: int = 1
+    weight_decay: float = 0.05
+    model_ema: bool = True
+    distill: bool = False
+    smoothing: float = 0.1
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    drop_path: float = 0.0
+    amp: str = "auto"
+    compile: bool = False
+    seed: int = 0
 
     @property
     def step_images(self) -> int:
@@ -124,6 +125,18 @@ RECIPES = {
         "repeated_aug": False,
     },
 }
+
+
+def build_recipe(name: str, **changes: Any) -> Recipe:
+    """One of RECIPES, with some of its values changed."""
+    own = {f.name for f in fields(Recipe)}
+    return Recipe(name, **{key: value for key, value in RECIPES[name].items() if key in own} | changes)
+
+
+def build_augmentation(name: str, **changes: Any) -> Augmentation:
+    """That of one of RECIPES, with some of its values changed."""
+    own = {f.name for f in fields(Augmentation)}
+    return Augmentation(**{key: value for key, value in RECIPES[name].items() if key in own} | changes)
 
 
 @dataclass
