@@ -45,9 +45,7 @@ FAMILIES = {
     "swin": lambda: create_model("swin_t", embed_dim=24, **SPATIAL),
     "convnext": lambda: create_model("convnext_t", embed_dim=8, **SPATIAL),
     "eva": lambda: make_dynamic(tiny_timm("eva02_tiny_patch14_224"), (3, 6), (0.7, 0.5), "attention", "merge"),
-    "timm swin": lambda: make_dynamic(
-        timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2), (1, 2, 3), (0.7, 0.5, 0.3)
-    ),
+    "timm swin": lambda: create_model("swin_tiny_patch4_window7_224", window_size=2, **SPATIAL | {"depths": None}),
     "timm": lambda: make_dynamic(tiny_timm("vit_tiny_patch16_224.augreg_in21k"), (3, 6), (0.7, 0.5)),
     "timm, dense": lambda: tiny_timm("test_vit"),
 }
