@@ -115,7 +115,7 @@ def test_a_wrong_file_is_found_out() -> None:
 
 
 def test_images_that_rounding_decides_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where PyTorch's own output jumps when pixels change by next to nothing, another runtime's may be the other one."""
+    """Where PyTorch's own output jumps when pixels hardly change, another runtime's may be the other one."""
     images = torch.randn(64, 3, 32, 32)
     model = torch.nn.Flatten()
     model.spec = build().spec
