@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .factory import build_model, one_side
+from .reducers import REDUCERS
 from .spec import CheckpointError, ModelError, ModelSpec, Preprocessing, StateDict
 from .version import __version__
 
@@ -43,8 +45,8 @@ def save_pretrained(
 
     model: from create_model or from_pretrained, or a timm model, made dynamic or not. notes: how the
     model was made (recipe="...", accuracy=...), kept for the reader. A folder that could not be written
-    to its end is refused by from_pretrained. Raises CheckpointError if the model could not be built again
-    from its description, or nothing can be written.
+    to its end is refused by from_pretrained. Raises ModelError if the model could not be built again from
+    its description, or nothing can be written.
     """
     spec = describe_model(model, class_names)
     check_rebuilds(spec, model)
@@ -61,7 +63,8 @@ def save_pretrained(
         os.replace(config, folder / CONFIG)
     except (OSError, RuntimeError, SafetensorError) as error:
         for path in (weights, config):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
         raise CheckpointError(f"cannot save the model in {folder} ({first_line(error)})") from error
 
 
@@ -144,11 +147,10 @@ def describe_timm_model(model: nn.Module) -> ModelSpec:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     dynamic = {}
     if hasattr(model, "pruning_loc"):
-        # as built by default, where a kind of model knows no other scorers or reducers
-        dynamic = {
-            name: value for name in ("scorer", "reducer") if isinstance(value := getattr(model, name, None), str)
-        }
-        dynamic |= {"pruning_loc": tuple(model.pruning_loc), "keep_rates": tuple(model.keep_rates)}
+        names = ["pruning_loc", "keep_rates"]
+        # fast paths take the place of a reducer, and only they can merge streams
+        names += ["scorer", "reducer"] if model.reducer in REDUCERS else ["merge_streams"]
+        dynamic = {name: getattr(model, name) for name in names}
     return ModelSpec(
         arch=".".join(filter(None, (config["architecture"], config.get("tag")))),
         num_classes=model.num_classes,
@@ -260,9 +262,9 @@ def download(name: str, revision: str | None) -> Path:
     if not HUB_NAME.fullmatch(name):
         raise CheckpointError(f"no such folder: {name}")
     try:
-        # needed here alone, and slow to import
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, logging  # slow to import, and needed here alone
 
+        logging.set_verbosity_error()  # the error below says it; it need not be announced at every try
         config, weights = (Path(hf_hub_download(name, file, revision=revision)) for file in (CONFIG, WEIGHTS))
     except Exception as error:  # no network, no such model, no permission, no space: each with a type of its own
         raise CheckpointError(

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, create_transform
 from torch import Tensor
 
-from datasets import open_image
 from errors import UserError, exit_status
-from models import ModelSpec, from_pretrained
+from image_files import open_image
+from models import ModelSpec, from_pretrained, gives_embeddings
 from models.saved import data_config, parse_config
 
 TOP = 5
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_saved(args.model)
     transform = create_transform(**data_config(spec))
     outputs = [run(transform(open_image(path))[None])[0] for path in args.photos]
-    if spec.num_classes == 0:
+    if gives_embeddings(spec):
         print_embeddings(args.photos, outputs)
         return
     names = class_names(spec)
