@@ -134,6 +134,20 @@ def test_neighbours_by_hand() -> None:
     assert accelerate_report.same_neighbour(moved, dense) == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(
+    ("arch", "num_classes", "expected"),
+    [
+        ("vit_small_patch14_dinov2", 0, True),
+        ("vit_base_patch16_clip_224.openai", 512, True),  # its projection
+        ("vit_base_patch16_clip_224.openai", 10, False),  # a user's classifier on top of it
+        ("vit_base_patch16_clip_224.openai_ft_in1k", 1000, False),
+        ("deit_small", 1000, False),
+    ],
+)
+def test_which_models_give_embeddings(arch: str, num_classes: int, expected: bool) -> None:
+    assert models.gives_embeddings(models.ModelSpec(arch, num_classes=num_classes)) == expected
+
+
 def test_no_minutes_no_training(weights: Path, photos: Path, tmp_path: Path) -> None:
     assert run(weights, photos, tmp_path / "fast", "--minutes", "0") == 0
     assert not (tmp_path / "fast" / "training").exists()

@@ -28,7 +28,6 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-import options
 import utils
 from checkpoints import BEST, Place, RunState, read_run, spec_of, temporary_path
 from datasets import (
@@ -59,7 +58,7 @@ from models import (
 )
 from models.pretrained import NEW, StateDict, num_classes_of, read_dense_weights
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from recipe import Recipe, Trainer, build_trainer
+from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer
 from run import Run, RunOptions, log_model
 from signals import Stopped, StopSignal
 from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
@@ -73,7 +72,7 @@ HELD_BACK_IN = 5  # one in so many images
 BISECTIONS = 12
 TRIAL_STEPS = 8  # from which the time of a step is known
 REPORT, PAGE, TRAINING = "report.json", "report.html", "training"  # in the output folder
-SAVE_FREQ = "1m"
+RECIPE, SAVE_FREQ = "label-free", "1m"
 # Of these flags a run that is resumed may have other values.
 MAY_CHANGE = ("output", "num_workers", "device")
 
@@ -338,9 +337,8 @@ class FineTuning:
     ) -> None:
         self.args, self.model, self.teacher, self.val_loader = args, model, teacher, val_loader
         self.device = next(model.parameters()).device
-        flags = f"--recipe label-free --distill --batch-size {args.batch_size} --seed {args.seed} --no-model-ema"
-        flags = options.with_recipe(options.parse_args(flags.split()), model.spec)
-        self.recipe, self.augmentation = options.recipe(flags), options.augmentation(flags)
+        self.recipe = build_recipe(RECIPE, batch_size=args.batch_size, seed=args.seed, distill=True, model_ema=False)
+        self.augmentation = build_augmentation(RECIPE)
         self.training = training
 
     def loader(self, steps: int) -> DataLoader:
