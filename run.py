@@ -94,7 +94,8 @@ class Run:
     def to_the_end(self) -> Record:
         """Trains, and returns the best epoch's record. Raises Stopped at a signal, with all saved."""
         if self.dense is not None and self.progress.dense is None:
-            self.progress.dense = self.evaluate(self.dense)
+            # beside itself, as without labels there is nothing else to compare it with
+            self.progress.dense = self.evaluate(self.dense, self.dense if self.options.compare_with_dense else None)
             report_accuracy("dense teacher", self.progress.dense)
         eta = Eta((self.options.epochs - self.progress.epoch) * self.steps_per_epoch - self.first_step)
         try:

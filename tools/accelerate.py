@@ -28,7 +28,6 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-import options
 import utils
 from checkpoints import BEST, Place, RunState, read_run, spec_of, temporary_path
 from datasets import (
@@ -59,7 +58,7 @@ from models import (
 )
 from models.pretrained import NEW, StateDict, num_classes_of, read_dense_weights
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from recipe import Recipe, Trainer, build_trainer
+from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer
 from run import Run, RunOptions, log_model
 from signals import Stopped, StopSignal
 from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
@@ -70,10 +69,10 @@ FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) 
 MIN_IMAGES = 50  # to fine-tune with
 MAX_HELD_BACK, MAX_TRAINING = 500, 10_000  # images; more take time and tell little more
 HELD_BACK_IN = 5  # one in so many images
-BISECTIONS = 20
+BISECTIONS = 12
 TRIAL_STEPS = 8  # from which the time of a step is known
 REPORT, PAGE, TRAINING = "report.json", "report.html", "training"  # in the output folder
-SAVE_FREQ = "1m"
+RECIPE, SAVE_FREQ = "label-free", "1m"
 # Of these flags a run that is resumed may have other values.
 MAY_CHANGE = ("output", "num_workers", "device")
 
@@ -105,9 +104,11 @@ def main(args: argparse.Namespace) -> None:
     stop = StopSignal()
     device = utils.pick_device(args.device)
     utils.set_seed(args.seed)
-    dense_spec, weights = read_model(args.model, args.weights, args.input_size)
-    spec = choose_stages(dense_spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
-    training, held_back = split(args.images, dense_spec.num_classes)
+    content = read_checkpoint(args.weights) if args.weights else None
+    spec = describe(args.model, content, args.input_size)
+    spec = choose_stages(spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
+    training, held_back = split(args.images, spec.num_classes)
+    weights = dense_weights(spec, content)
     settings = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     notes = claim(args.output, settings)
 
@@ -142,24 +143,30 @@ def main(args: argparse.Namespace) -> None:
     finish(args.output, fast, teacher.vit, comparison, notes, stopped)
 
 
-def read_model(name: str, file: str | None, input_size: int | None) -> tuple[ModelSpec, StateDict]:
-    """The dense model's description and its trained weights: from a file, or the published ones.
-
-    Raises ModelError for a name that is unknown, and weights that cannot be had.
-    """
-    content = read_checkpoint(file) if file else None
+def describe(name: str, content: dict[str, Any] | None, input_size: int | None) -> ModelSpec:
+    """The dense model of this name, as the weights' file tells, if there is one and it does."""
     described = spec_of(content) if content else None
     spec = described if described is not None and described.arch == name else ModelSpec(name)
-    if content is not None:
-        weights = find_weights(content)
-        spec = replace(spec, num_classes=num_classes_of(weights))
-    else:
+    num_classes = num_classes_of(find_weights(content)) if content else spec.num_classes
+    return replace(
+        spec,
+        dense=True,
+        num_classes=num_classes,
+        img_size=input_size or spec.img_size,
+        pruning_loc=None,
+        keep_rates=None,
+    )
+
+
+def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> StateDict:
+    """From the file, or the published ones. Raises CheckpointError if they cannot be had."""
+    if content is None:
         try:
-            weights = read_dense_weights(spec, None)
-        except CheckpointError as error:  # written for another command's flag
+            return read_dense_weights(spec, None)
+        except CheckpointError as error:  # it speaks of another command's flag
             raise CheckpointError(str(error).replace("--pretrained", "--weights")) from error
-    backbone = {n: value for n, value in weights.items() if not any(part in n for part in NEW)}
-    return replace(spec, dense=True, img_size=input_size or spec.img_size), backbone
+    weights = find_weights(content)
+    return {name: value for name, value in weights.items() if not any(part in name for part in NEW)}
 
 
 def choose_stages(
@@ -176,10 +183,13 @@ def choose_stages(
     would leave too few tokens.
     """
     with torch.device("meta"):
-        depth = len(getattr(build_model(dense), "blocks", ()))
+        model = build_model(dense)
+    dense, depth = model.spec, len(getattr(model, "blocks", ()))
+    if depth < 2:
+        raise UserError(f"{dense.arch} has no transformer blocks to merge tokens between; give a vision transformer")
     first = max(1, depth // 4)
     count = min(NUM_STAGES, depth - first)
-    spread = tuple(first + stage * (depth - first) // max(count, 1) for stage in range(count))
+    spread = tuple(first + stage * (depth - first) // count for stage in range(count))
     spec = replace(dense, dense=False, scorer="attention", reducer="merge", pruning_loc=tuple(pruning_loc or spread))
     if keep_rates is not None:
         return replace(spec, keep_rates=tuple(keep_rates))
@@ -191,7 +201,7 @@ def choose_stages(
 def solve_keep_rates(spec: ModelSpec, speedup: float) -> tuple[float, ...]:
     """The constant rate that makes the model so many times cheaper than its dense backbone, by bisection."""
     num_stages = len(spec.pruning_loc)
-    low, high = FEWEST_TOKENS ** (1 / max(num_stages, 1)), 1.0
+    low, high = FEWEST_TOKENS ** (1 / num_stages), 1.0
     with torch.device("meta"):
         model = build_model(replace(spec, keep_rates=(1.0,) * num_stages))
         dense_gflops = count_gflops(build_model(spec.as_dense()), model.spec.img_size)
@@ -327,9 +337,8 @@ class FineTuning:
     ) -> None:
         self.args, self.model, self.teacher, self.val_loader = args, model, teacher, val_loader
         self.device = next(model.parameters()).device
-        flags = f"--recipe label-free --distill --batch-size {args.batch_size} --seed {args.seed} --no-model-ema"
-        flags = options.with_recipe(options.parse_args(flags.split()), model.spec)
-        self.recipe, self.augmentation = options.recipe(flags), options.augmentation(flags)
+        self.recipe = build_recipe(RECIPE, batch_size=args.batch_size, seed=args.seed, distill=True, model_ema=False)
+        self.augmentation = build_augmentation(RECIPE)
         self.training = training
 
     def loader(self, steps: int) -> DataLoader:

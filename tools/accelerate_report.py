@@ -20,11 +20,11 @@ from datasets import AugmentedDataset
 from engine import SUMS, batch_sums, means_over_images
 from losses import cosine_distance, kl_divergence
 from models import ModelSpec, gives_embeddings
-from pictures import prune, spread_patches
+from pictures import prune, stage_panel
 
 DENSE, MERGED, TUNED = "dense", "merged", "fine-tuned"
 BATCH_SIZES = (1, 32)
-SPEED_SECONDS, FEWEST_ROUNDS = 8.0, 5  # of measuring, for each batch size
+SPEED_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 10.0, 5, 30  # of measuring, for each batch size
 NUM_MERGED, NUM_DIFFERENT = 6, 8  # photos in the report
 PHOTO_PIXELS = 224
 COLUMNS = {  # of the table: heading, unit, decimals
@@ -101,7 +101,9 @@ def images_per_second(models: dict[str, nn.Module], image: Tensor, batch_size: i
     batch = torch.randn(batch_size, *image.shape, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     end = time.monotonic() + SPEED_SECONDS
-    while time.monotonic() < end or len(seconds[DENSE]) <= FEWEST_ROUNDS:
+    for done in range(MOST_ROUNDS + 1):
+        if done > FEWEST_ROUNDS and time.monotonic() > end:
+            break
         for name, model in models.items():
             started = time.perf_counter()
             model(batch).sum().item()  # waits for a GPU
@@ -208,24 +210,15 @@ def merged_photos(comparison: Comparison, fast: nn.Module) -> str:
     figures = []
     for image, groups in zip(images, trace.groups.cpu(), strict=True):
         stages = (len(groups) // 2, len(groups) - 1)
-        drawn = [merged_picture(image, groups[stage].unflatten(0, trace.grid)) for stage in stages]
+        drawn = [stage_panel(image, groups[stage], trace.grid) for stage in stages]
         cells = "".join(f"<img src='{embed(picture)}'>" for picture in (image, *drawn))
         figures.append(f"<div class='strip'>{cells}</div>")
     left = trace.kept[-1].shape[1]
     return (
         "<h2>Which patches became one token</h2>"
         f"<p>The image, the tokens after half of the stages, and the {left} of {math.prod(trace.grid)} at the end: "
-        "patches of one colour are one token.</p>" + f"<div class='strips'>{''.join(figures)}</div>"
+        "patches within a white border are one token.</p>" + f"<div class='strips'>{''.join(figures)}</div>"
     )
-
-
-def merged_picture(image: Tensor, groups: Tensor) -> Tensor:
-    """(3, H, W) uint8 image, (rows, columns) token of each patch -> the image with each token in its mean colour."""
-    token = spread_patches(groups, image).flatten()
-    pixels = image.flatten(1).float()
-    counts = torch.bincount(token, minlength=groups.numel()).clamp(min=1)
-    means = torch.stack([torch.bincount(token, weights=p, minlength=groups.numel()) / counts for p in pixels])
-    return means[:, token].unflatten(1, image.shape[1:]).round().byte()
 
 
 def different_photos(comparison: Comparison, kept: str) -> str:
