@@ -169,7 +169,7 @@ class SpatialSparsification:
                 mask = keep_decisions[-1].view(mask.shape)
             kept, dropped = block.forward_streams(kept, dropped, mask)
         logits, features = split_outputs(self, self.finish(select(kept, dropped, mask)))
-        return logits, features, features.new_ones(features.shape[:2]), keep_decisions
+        return logits, features, torch.ones_like(features[..., 0], dtype=torch.float32), keep_decisions
 
     def sparsify(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Evaluation: what timm's forward_features gives, the locations kept, and (B, S, H, W) log-probabilities."""
