@@ -209,7 +209,7 @@ def default_pruning_loc(spec: ModelSpec, backbone: nn.Module) -> tuple[int, ...]
     if spec.arch in ARCHS and not {"depth", "depths"} & set(spec.sizes):
         return ARCHS[spec.arch].pruning_loc
     if isinstance(backbone, SPATIAL):
-        step = max(1, len(spatial.third_stage(backbone)) // 9)
+        step = max(1, len(spatial.third_stage_blocks(backbone)) // 9)
         return (step, 2 * step, 3 * step)
     depth = len(getattr(backbone, "blocks", ()))
     return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))

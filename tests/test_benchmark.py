@@ -11,10 +11,10 @@ import torch
 from conftest import DEVICES, write_images
 from torch._dynamo.testing import CompileCounter
 
+from errors import exit_status
 from flops import count_gflops
 from models import ARCHS, create_model
 from tools import benchmark
-from utils import exit_status
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--arch", "deit_tiny", "--input-size", "32", "--batch-size", "2", "--repeats", "2", "--device", "cpu"]
@@ -33,8 +33,14 @@ def one_thread():
 def small_archs(monkeypatch: pytest.MonkeyPatch):
     """Shrinks the architectures for the benchmark, which builds them in full."""
     for name in ("deit_tiny", "lvvit_s"):
-        small = replace(ARCHS[name], embed_dim=32, num_heads=2, depth=4, pruning_loc=(1, 2, 3))
+        sizes = ARCHS[name].sizes | {"embed_dim": 32, "num_heads": 2, "depth": 4}
+        small = replace(ARCHS[name], sizes=sizes, pruning_loc=(1, 2, 3))
         monkeypatch.setitem(ARCHS, name, small)
+
+
+def settings(**changes: object) -> benchmark.Settings:
+    plain = benchmark.Settings("deit_tiny", 0.7, None, 32, 2, "off", "cpu", None, False, 1)
+    return replace(plain, **changes)
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
@@ -52,8 +58,9 @@ def test_inference_report(tmp_path: Path) -> None:
     result = run_command("--base-rate", "0.5", "--json", str(file))
     report = json.loads(file.read_text())
     assert report["hardware"] in result.stdout
-    dense, dynamic = report["rows"]
-    assert (dense["model"], dynamic["model"]) == ("dense", "dynamic")
+    dense, dynamic, merged = report["rows"]
+    assert (dense["model"], dynamic["model"], merged["model"]) == ("dense", "dynamic", "merged")
+    assert merged["gflops"] == pytest.approx(dynamic["gflops"], rel=0.1)
     assert dense["gflops"] == pytest.approx(count_gflops(create_model("deit_tiny", img_size=32, dense=True), 32))
     assert dynamic["gflops"] == pytest.approx(count_gflops(create_model("deit_tiny", 0.5, img_size=32), 32))
     assert dynamic["gflops_ratio"] == pytest.approx(dense["gflops"] / dynamic["gflops"])
@@ -75,11 +82,13 @@ def test_ratio_is_taken_within_a_round() -> None:
 def test_row_is_made_of_the_seconds_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(steps, images, labels, rounds, steps_per_turn) -> dict[str, np.ndarray]:
         if len(images) == 1:
-            return {"dense": np.array([0.01, 0.01, 0.03]), "dynamic": np.array([0.01, 0.005, 0.01])}
-        return {"dense": np.array([1.0, 2.0, 4.0]), "dynamic": np.array([1.0, 0.5, 1.0])}
+            times = {"dense": np.array([0.01, 0.01, 0.03]), "dynamic": np.array([0.01, 0.005, 0.01])}
+        else:
+            times = {"dense": np.array([1.0, 2.0, 4.0]), "dynamic": np.array([1.0, 0.5, 1.0])}
+        return times | {"merged": times["dynamic"]}
 
     monkeypatch.setattr(benchmark, "interleave", seconds)
-    dense, dynamic = benchmark.measure(benchmark.build_parser().parse_args(TINY), 32, 0.7)
+    dense, dynamic, _ = benchmark.measure(settings(), 32, 0.7)
     assert (dense["images_per_s"], dynamic["images_per_s"]) == (1, 2)  # batch 2
     assert dense["spread"] == pytest.approx(1.5 / 2)
     assert (dense["ratio"], dynamic["ratio"]) == (1, 4)
@@ -96,9 +105,9 @@ def test_models_compared_have_the_same_weights(flags: list[str], monkeypatch: py
         return {"gflops": 1.0}
 
     monkeypatch.setattr(benchmark, "prepare", prepare)
-    benchmark.measure(benchmark.build_parser().parse_args([*TINY, *flags]), 32, 0.7)
+    benchmark.measure(settings(train=bool(flags)), 32, 0.7)
     dense, *others = weights
-    assert len(others) == (3 if flags else 1)  # a teacher's names begin with vit.
+    assert len(others) == (6 if flags else 2)  # a teacher's names begin with vit.
     for other in others:
         other = {name.removeprefix("vit."): tensor for name, tensor in other.items()}
         assert all(torch.equal(other[name], tensor) for name, tensor in dense.items())
@@ -136,8 +145,11 @@ def test_input_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_training_report(arch: str, tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
     benchmark.command([*TINY, "--arch", arch, "--train", "--amp", "bf16", "--repeats", "1", "--json", str(file)])
-    dense, dynamic, distilled = json.loads(file.read_text())["rows"]
-    assert [dense["model"], dynamic["model"], distilled["model"]] == ["dense", "dynamic", "dynamic + teacher"]
+    rows = json.loads(file.read_text())["rows"]
+    dense, alone, dynamic, distilled, merged = rows
+    assert [row["model"] for row in rows] == list(benchmark.TRAININGS)
+    assert alone["gflops"] == pytest.approx(dense["gflops"] / 3, rel=0.15)  # forward alone
+    assert merged["gflops"] < distilled["gflops"]  # tokens leave in training, too
     # no token leaves in training, and the teacher adds one forward pass of the dense model
     assert dynamic["gflops"] == pytest.approx(dense["gflops"], rel=0.1)
     teacher = count_gflops(create_model(arch, img_size=32, dense=True), 32)
@@ -156,8 +168,7 @@ def test_scaling_covers_sizes_and_rates(monkeypatch: pytest.MonkeyPatch, tmp_pat
     benchmark.command([*TINY, "--scaling", "--repeats", "1", "--json", str(file)])
     dynamic = [row for row in json.loads(file.read_text())["rows"] if row["model"] == "dynamic"]
     assert [(row["input_size"], row["base_rate"]) for row in dynamic] == [(32, 0.7), (64, 0.7), (32, 1.0), (32, 0.3)]
-    training = benchmark.build_parser().parse_args([*TINY, "--scaling", "--train"])
-    assert benchmark.points(training) == [(32, 0.7), (64, 0.7)]
+    assert benchmark.points(settings(train=True), scaling=True) == [(32, 0.7), (64, 0.7)]
 
 
 @pytest.mark.usefixtures("small_archs")

@@ -1,8 +1,10 @@
-"""Measures a dynamic model against its dense backbone, turn about in one process.
+"""Measures dynamic models against their dense backbone, alternately in one process.
 
     python -m tools.benchmark --arch deit_small --base-rate 0.7 --batch-size 32 --json speed.json
 
-The dense model is timm's own (for LV-ViT our backbone), with fused attention and the same weights.
+The dense model is timm's own (for LV-ViT our backbone), with fused attention and the same weights. Beside
+the published form there is "merged": class attention and merging at every block from a quarter of the depth on,
+at a rate that leaves as many multiply-adds.
 With --input FOLDER it measures instead how fast a core reads and augments images.
 """
 
@@ -14,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import utils
-from datasets import AugmentedDataset, LabelledFiles, build_transform
-from engine import accumulate_gradients, copy_statistics, update_weights
-from flops import gflops_of
-from main_dynamic_vit import AMP_DTYPES, build_trainer, parse_args
-from models import ARCHS, Teacher, create_model
-from utils import UserError
+from datasets import AugmentedDataset, train_transform
+from engine import accumulate_gradients, autocast, copy_statistics, update_weights
+from errors import UserError, exit_status
+from flops import count_gflops, gflops_of
+from image_files import ImageFiles, list_images
+from models import ModelSpec, Teacher, build_model, geometric_keep_rates
+from options import KEEP_RATE, POSITIVE, OneLineParser, number
+from recipe import AMP_DTYPES, build_augmentation, build_recipe, build_trainer
 
 NUM_CLASSES = 1000
 SCALING_SIZES = (160, 224, 288, 384, 512)
@@ -56,7 +59,8 @@ COLUMNS = {  # of the printed table, by their names in the JSON file: heading, w
     "latency_ratio": ("ratio", 5, 3),
 }
 
-TRAINING_FLAGS = {"dense": ["--dense"], "dynamic": [], "dynamic + teacher": ["--distill"]}
+TRAININGS = ("dense", "teacher alone", "dynamic", "dynamic + teacher", "merged + teacher")
+BISECTIONS = 12
 
 Step = Callable[[Tensor, Tensor], None]  # what is measured, on (B, 3, H, W) images and (B,) labels
 
@@ -70,13 +74,30 @@ class Contender:
     optimizer: Optimizer | None = None
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how."""
+
+    arch: str
+    base_rate: float
+    keep_rates: Sequence[float] | None
+    input_size: int
+    batch_size: int
+    amp: str
+    device: str
+    compile: str | None
+    train: bool
+    repeats: int
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", choices=ARCHS, default="deit_small")
-    parser.add_argument("--base-rate", type=float, default=0.7, help="share of its tokens that each stage keeps")
-    parser.add_argument("--keep-rates", type=float, nargs="+", help="instead: shares of the original tokens, by stage")
-    parser.add_argument("--input-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser = OneLineParser(prog="benchmark", description=__doc__.split("\n")[0])
+    rate = number(float, KEEP_RATE)
+    parser.add_argument("--arch", default="deit_small", help="one of ours, or a timm name")
+    parser.add_argument("--base-rate", type=rate, default=0.7, help="share of its tokens that each stage keeps")
+    parser.add_argument("--keep-rates", type=rate, nargs="+", help="instead: shares of the original tokens, by stage")
+    parser.add_argument("--input-size", type=number(int, POSITIVE), default=224)
+    parser.add_argument("--batch-size", type=number(int, POSITIVE), default=32)
     parser.add_argument("--amp", choices=AMP_DTYPES, default="off", help="in inference of weights and images too")
     parser.add_argument("--device", choices=STEPS_PER_TURN, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -91,14 +112,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", type=Path, help="measure instead how fast one core reads and augments the images of this folder"
     )
-    parser.add_argument("--repeats", type=int, default=20, help="rounds that are measured, after a warm-up")
+    parser.add_argument(
+        "--repeats", type=number(int, POSITIVE), default=20, help="rounds that are measured, after a warm-up"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file, too")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    report = measure_input(args) if args.input else run(args)
+    report = measure_input(args.input, args.input_size, args.repeats) if args.input else run(args)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -106,8 +129,6 @@ def main(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Before anything is measured, what would stop it later."""
     utils.pick_device(args.device)
-    if args.batch_size < 1 or args.repeats < 1:
-        raise UserError("--batch-size and --repeats must be at least 1")
     if args.scaling and args.keep_rates:
         raise UserError("--scaling varies the base rate, so it cannot go with --keep-rates")
     if args.input and (args.train or args.scaling):
@@ -121,30 +142,28 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> dict:
     """Measures everything asked for, prints it as it comes, and returns it for --json."""
     setup = {"hardware": hardware(args.device), "torch": torch.__version__, "timm": timm.__version__}
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
-    for part in (setup, settings):
+    settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
+    for part in (setup, asdict(settings)):
         print(", ".join(f"{name} {value}" for name, value in part.items()))
     print(" ".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values()))
     rows = []
-    for input_size, base_rate in points(args):
-        for row in measure(args, input_size, base_rate):
+    for input_size, base_rate in points(settings, args.scaling):
+        for row in measure(settings, input_size, base_rate):
             print(table_line(row), flush=True)
             rows.append(row)
-    return setup | {"settings": settings, "rows": rows}
+    return setup | {"settings": asdict(settings), "rows": rows}
 
 
-def measure_input(args: argparse.Namespace) -> dict:
+def measure_input(folder: Path, input_size: int, repeats: int) -> dict:
     """The training transform, as a loader process runs it; prints images/s of a core, and returns it for --json."""
     torch.set_num_threads(1)
-    options = parse_args(["--input-size", str(args.input_size)])
-    paths = sorted(path for path in args.input.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)[:INPUT_IMAGES]
+    paths = list_images(folder)[:INPUT_IMAGES]
     if not paths:
-        raise UserError(f"no images in {args.input}")
-    data_set = AugmentedDataset(
-        LabelledFiles([(str(path), 0) for path in paths], [""], args.input), build_transform(True, options), True
-    )
+        raise UserError(f"no images in {folder}")
+    files = ImageFiles(((path, 0) for path in paths), [""], folder)
+    data_set = AugmentedDataset(files, train_transform(input_size, build_augmentation("neurips")), train=True)
     paces = []
-    for repeat in range(args.repeats):
+    for repeat in range(repeats):
         start = time.perf_counter()
         for i in range(len(paths)):
             data_set[i, repeat]
@@ -158,43 +177,44 @@ def measure_input(args: argparse.Namespace) -> dict:
     return report
 
 
-def points(args: argparse.Namespace) -> list[tuple[int, float]]:
+def points(settings: Settings, scaling: bool) -> list[tuple[int, float]]:
     """The (input size, base rate) pairs to measure; training drops no token, so it costs the same at any rate."""
-    if not args.scaling:
-        return [(args.input_size, args.base_rate)]
-    rates = [] if args.train else SCALING_RATES
-    return [(size, args.base_rate) for size in SCALING_SIZES] + [(args.input_size, rate) for rate in rates]
+    if not scaling:
+        return [(settings.input_size, settings.base_rate)]
+    rates = [] if settings.train else SCALING_RATES
+    return [(size, settings.base_rate) for size in SCALING_SIZES] + [(settings.input_size, rate) for rate in rates]
 
 
-def measure(args: argparse.Namespace, input_size: int, base_rate: float) -> list[dict]:
+def measure(settings: Settings, input_size: int, base_rate: float) -> list[dict]:
     """A row per contender, the dense one first. Ratios are to the dense one; above 1 is better."""
     torch.compiler.reset()  # torch gives up on a function compiled for more than a few models
-    shape = (args.batch_size, 3, input_size, input_size)
-    labels = torch.randint(NUM_CLASSES, shape[:1], device=args.device)
-    dense, dynamic = make_models(args, input_size, base_rate)
-    if args.train:
-        images = torch.randint(256, shape, device=args.device, dtype=torch.uint8)
-        builders = {n: partial(build_training, args, flags, dense, dynamic) for n, flags in TRAINING_FLAGS.items()}
+    shape = (settings.batch_size, 3, input_size, input_size)
+    labels = torch.randint(NUM_CLASSES, shape[:1], device=settings.device)
+    models = make_models(settings, input_size, base_rate)
+    if settings.train:
+        images = torch.randint(256, shape, device=settings.device, dtype=torch.uint8)
+        names = [name for name in TRAININGS if name.split(" ")[0] in ("teacher", *models)]
+        builders = {name: partial(build_training, settings, name, models) for name in names}
     else:
-        images = torch.randn(shape, device=args.device, dtype=AMP_DTYPES[args.amp])
-        builders = {n: partial(build_inference, args, m) for n, m in (("dense", dense), ("dynamic", dynamic))}
+        images = torch.randn(shape, device=settings.device, dtype=AMP_DTYPES[settings.amp])
+        builders = {name: partial(build_inference, settings, model) for name, model in models.items()}
     steps, rows = {}, []
     for name, build in builders.items():
         contender = build()  # one by one, so that each one's memory can be told
-        costs = prepare(contender, images, labels, args.compile)
+        costs = prepare(contender, images, labels, settings.compile)
         steps[name] = contender.step
-        rate = None if args.keep_rates else base_rate
+        rate = None if settings.keep_rates else base_rate
         rows.append({"input_size": input_size, "base_rate": rate, "model": name} | costs)
 
-    seconds = interleave(steps, images, labels, args.repeats, STEPS_PER_TURN[args.device])
+    seconds = interleave(steps, images, labels, settings.repeats, STEPS_PER_TURN[settings.device])
     for row in rows:
         quarter, median, three_quarters = np.percentile(seconds[row["model"]], (25, 50, 75))
-        row["images_per_s"] = args.batch_size / median
+        row["images_per_s"] = settings.batch_size / median
         row["spread"] = (three_quarters - quarter) / median
         row["ratio"] = ratio_to_dense(seconds, row["model"])
         row["gflops_ratio"] = rows[0]["gflops"] / row["gflops"]
-    if not args.train:
-        seconds = interleave(steps, images[:1], labels[:1], LATENCY_ROUNDS * args.repeats, steps_per_turn=1)
+    if not settings.train:
+        seconds = interleave(steps, images[:1], labels[:1], LATENCY_ROUNDS * settings.repeats, steps_per_turn=1)
         for row in rows:
             row["p50_ms"], row["p95_ms"] = 1e3 * np.percentile(seconds[row["model"]], (50, 95))
             row["latency_ratio"] = ratio_to_dense(seconds, row["model"])
@@ -206,8 +226,8 @@ def ratio_to_dense(seconds: dict[str, np.ndarray], name: str) -> float:
     return float(np.median(seconds["dense"] / seconds[name]))
 
 
-def build_inference(args: argparse.Namespace, model: nn.Module) -> Contender:
-    model.to(args.device, AMP_DTYPES[args.amp]).eval()
+def build_inference(settings: Settings, model: nn.Module) -> Contender:
+    model.to(settings.device, AMP_DTYPES[settings.amp]).eval()
 
     @torch.inference_mode()
     def step(images: Tensor, labels: Tensor) -> None:
@@ -216,14 +236,24 @@ def build_inference(args: argparse.Namespace, model: nn.Module) -> Contender:
     return Contender(step, [model])
 
 
-def build_training(args: argparse.Namespace, flags: Sequence[str], dense: nn.Module, dynamic: nn.Module) -> Contender:
-    """The step of a real run with these flags, but for mixup and the moving average; trains copies."""
-    options = parse_args(["--amp", args.amp, "--mixup", "0", "--cutmix", "0", "--no-model-ema", *flags])
-    options.num_classes = NUM_CLASSES
-    device = torch.device(args.device)
-    model = deepcopy(dense if options.dense else dynamic).to(device).train()
-    teacher = Teacher(deepcopy(dense).to(device)) if options.distill else None
-    trainer = build_trainer(options, model, teacher, device)
+def build_training(settings: Settings, name: str, models: dict[str, nn.Module]) -> Contender:
+    """The step of a real run, but for mixup and the moving average; trains copies. See TRAININGS."""
+    device = torch.device(settings.device)
+    changes = {"amp": settings.amp, "mixup": 0.0, "cutmix": 0.0, "model_ema": False}
+    recipe = build_recipe("label-free" if name.startswith("merged") else "neurips", **changes)
+    kind = name.split(" ")[0]
+    model = deepcopy(models["dense" if kind == "teacher" else kind]).to(device).train()
+    teacher = Teacher(deepcopy(models["dense"]).to(device)) if name.endswith("teacher") else None
+    augmentation = build_augmentation(recipe.recipe)
+    trainer = build_trainer(recipe, model, teacher, device, augmentation, steps_per_epoch=1)
+    if kind == "teacher":
+        teacher = Teacher(model)
+
+        def ask(images: Tensor, labels: Tensor) -> None:
+            with autocast(device, trainer.amp_dtype):
+                teacher(trainer.batch_transform(images))
+
+        return Contender(ask, [teacher])
 
     def step(images: Tensor, labels: Tensor) -> None:
         statistics = copy_statistics(model)
@@ -233,16 +263,34 @@ def build_training(args: argparse.Namespace, flags: Sequence[str], dense: nn.Mod
     return Contender(step, [model, teacher] if teacher else [model], trainer.optimizer)
 
 
-def make_models(args: argparse.Namespace, input_size: int, base_rate: float) -> tuple[nn.Module, nn.Module]:
-    """The dense model and the dynamic one, on the CPU, with the same weights."""
-    sizes = {"num_classes": NUM_CLASSES, "img_size": input_size}
-    try:
-        dense = create_model(args.arch, dense=True, **sizes)
-        dynamic = create_model(args.arch, base_rate, keep_rates=args.keep_rates, **sizes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    dynamic.load_state_dict(dense.state_dict(), strict=False)
-    return dense, dynamic
+def make_models(settings: Settings, input_size: int, base_rate: float) -> dict[str, nn.Module]:
+    """On the CPU, with the same weights: dense, dynamic, and merged where the backbone can."""
+    rates = None if settings.keep_rates is None else tuple(settings.keep_rates)
+    published = ModelSpec(settings.arch, base_rate, NUM_CLASSES, input_size, keep_rates=rates)
+    specs = {"dense": published.as_dense(), "dynamic": published}
+    with torch.device("meta"):
+        backbone = build_model(specs["dense"])
+        target = count_gflops(build_model(published), input_size)
+    if hasattr(backbone, "blocks"):
+        specs["merged"] = merged_spec(published, len(backbone.blocks), target)
+    models = {name: build_model(spec) for name, spec in specs.items()}
+    for model in models.values():
+        model.load_state_dict(models["dense"].state_dict(), strict=False)
+    return models
+
+
+def merged_spec(published: ModelSpec, depth: int, gflops: float) -> ModelSpec:
+    """Class attention and merging before every block from a quarter of the depth on, at so many GFLOPs."""
+    stages = tuple(range(max(1, depth // 4), depth))
+    spec = replace(published, scorer="attention", reducer="merge", pruning_loc=stages, keep_rates=(1.0,) * len(stages))
+    with torch.device("meta"):
+        model = build_model(spec)
+    low, high = 0.5, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        model.set_keep_rates(geometric_keep_rates(middle, len(stages)))
+        low, high = (middle, high) if count_gflops(model, model.spec.img_size) < gflops else (low, middle)
+    return replace(spec, keep_rates=geometric_keep_rates(low, len(stages)))
 
 
 def prepare(contender: Contender, images: Tensor, labels: Tensor, compile_mode: str | None) -> dict:
@@ -335,4 +383,4 @@ def command(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(utils.exit_status(command))
+    sys.exit(exit_status(command))

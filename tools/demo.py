@@ -9,17 +9,20 @@ import argparse
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
+from checkpoints import BEST, LAST, spec_of
 from datasets import BatchTransform
+from engine import evaluate
 from flops import count_gflops
-from main_dynamic_vit import build_model, parse_args
-from models import find_weights, load_weights, read_checkpoint
+from models import build_model, find_weights, load_weights, read_checkpoint
 from pictures import contact_sheet, enlarge, prune, save_png, strip
 from shapes import Shapes
 from tools.benchmark import hardware, interleave
@@ -36,6 +39,7 @@ COMMON = [
     *("--aa", "none", "--color-jitter", "0", "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--smoothing", "0"),
     *("--no-repeated-aug", "--no-model-ema"),
 ]
+EPOCHS = {"dense": 4, "dynamic": 3}
 DENSE = ["--dense", "--epochs", "4", "--lr", "0.024", "--warmup-epochs", "0.5", "--output-dir", str(OUTPUT / "dense")]
 DYNAMIC = [
     *("--distill", "--pretrained", str(OUTPUT / "dense/checkpoint_best.pth"), "--output-dir", str(OUTPUT / "dynamic")),
@@ -46,27 +50,27 @@ DYNAMIC = [
 OBJECT_SHARE = 0.25  # a patch with at least this share of object pixels is one of the object's
 NUM_PICTURES = 3
 BATCH_SIZE, ROUNDS = 64, 15
+# Merging needs no training; more stages than the paper's, as it keeps what a stage takes away. As many
+# multiply-adds as the dynamic model's.
+MERGED = {"scorer": "attention", "reducer": "merge", "pruning_loc": (2, 3, 4, 5, 6, 7), "base_rate": 0.795}
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="demo", description=__doc__.split("\n")[0]).parse_args()
     started = time.monotonic()
-    for title, args in (("1. A dense ViT", DENSE), ("2. The same, made dynamic", DYNAMIC)):
-        print(f"\n{title}: main_dynamic_vit.py {' '.join(args)}\n", flush=True)
-        status = subprocess.run([sys.executable, ROOT / "main_dynamic_vit.py", *COMMON, *args]).returncode
-        last = Path(parse_args(args).output_dir) / "checkpoint_last.pth"
-        if status or read_checkpoint(last)["epoch"] < parse_args(args).epochs:
+    for name, title, flags in (("dense", "1. A dense ViT", DENSE), ("dynamic", "2. The same, made dynamic", DYNAMIC)):
+        print(f"\n{title}: main_dynamic_vit.py {' '.join(flags)}\n", flush=True)
+        status = subprocess.run([sys.executable, ROOT / "main_dynamic_vit.py", *COMMON, *flags]).returncode
+        if status or read_checkpoint(OUTPUT / name / LAST)["epoch"] < EPOCHS[name]:
             sys.exit(f"the demo has stopped here; run it again to go on, or remove {OUTPUT} to start anew")
-    report(*(load_run(args) for args in (DENSE, DYNAMIC)))
+    report(*(load_run(OUTPUT / name) for name in EPOCHS))
     print(f"all of it in {time.monotonic() - started:.0f} s")
 
 
-def load_run(argv: list[str]) -> tuple[nn.Module, float]:
+def load_run(folder: Path) -> tuple[nn.Module, float]:
     """A trained model in eval mode, and the best epoch's top-1 in percent."""
-    args = parse_args([*COMMON, *argv])
-    args.num_classes = len(Shapes.classes)
-    content = read_checkpoint(Path(args.output_dir) / "checkpoint_best.pth")
-    model = build_model(args, dense=args.dense)
+    content = read_checkpoint(folder / BEST)
+    model = build_model(spec_of(content))
     load_weights(model, find_weights(content))
     return model.eval(), max(record["val/top1"] for record in content["history"])
 
@@ -75,33 +79,64 @@ def report(dense_run: tuple[nn.Module, float], dynamic_run: tuple[nn.Module, flo
     """The table and the picture."""
     (dense, dense_top1), (dynamic, dynamic_top1) = dense_run, dynamic_run
     val_set = Shapes(train=False)
+    merged, merged_top1 = merge_untrained(dense, val_set)
     images = torch.stack([pil_to_tensor(val_set[i][0]) for i in range(256)])
-    pruning = prune(dynamic, images)
-    patches, grid = dynamic.patch_embed.num_patches, dynamic.patch_embed.grid_size
-    tokens = [indices.shape[1] for indices in pruning.kept]
-    dense_speed, dynamic_speed = images_per_second(dense, dynamic, images[:BATCH_SIZE])
-    dense_gflops, dynamic_gflops = (count_gflops(model, val_set.size) for model in (dense, dynamic))
+    models = {"dense": dense, "merged": merged, "dynamic": dynamic}
+    traces = {name: prune(models[name], images) for name in ("merged", "dynamic")}
+    patches, grid = dense.patch_embed.num_patches, dense.patch_embed.grid_size
+    tokens = {name: [indices.shape[1] for indices in trace.kept] for name, trace in traces.items()}
+    dense_speed, merged_speed, dynamic_speed = images_per_second(models, images[:BATCH_SIZE])
+    dense_gflops, merged_gflops, dynamic_gflops = (count_gflops(model, val_set.size) for model in models.values())
 
-    print(f"\non {hardware('cpu')}\n\n{'':<34}{'dense':>10}{'dynamic':>20}")
+    print(f"\non {hardware('cpu')}\n\n{'':<30}{'dense':>8}{'merged, not trained':>22}{'dynamic':>18}")
+    kept = traces["dynamic"].kept[-1]
     rows = [
-        ("top-1 on 2000 new images, %", f"{dense_top1:.2f}", f"{dynamic_top1:.2f} ({dynamic_top1 - dense_top1:+.2f})"),
-        ("GFLOPs", f"{dense_gflops:.4f}", f"{dynamic_gflops:.4f} ({dynamic_gflops / dense_gflops:.1%})"),
-        ("images/s, in turns", f"{dense_speed:.0f}", f"{dynamic_speed:.0f} ({dynamic_speed / dense_speed:.2f} x)"),
-        ("tokens after each stage", str(patches), " -> ".join(map(str, tokens))),
-        ("object patches kept", "100.0 %", f"{object_coverage(val_set, pruning.kept[-1], grid):.1%}"),
-        ("  if tokens were kept at random", "", f"{tokens[-1] / patches:.1%}"),
+        (
+            "top-1 on 2000 new images, %",
+            f"{dense_top1:.2f}",
+            f"{merged_top1:.2f} ({merged_top1 - dense_top1:+.2f})",
+            f"{dynamic_top1:.2f} ({dynamic_top1 - dense_top1:+.2f})",
+        ),
+        (
+            "GFLOPs",
+            f"{dense_gflops:.4f}",
+            f"{merged_gflops:.4f} ({merged_gflops / dense_gflops:.1%})",
+            f"{dynamic_gflops:.4f} ({dynamic_gflops / dense_gflops:.1%})",
+        ),
+        (
+            "images/s, alternately",
+            f"{dense_speed:.0f}",
+            f"{merged_speed:.0f} ({merged_speed / dense_speed:.2f} x)",
+            f"{dynamic_speed:.0f} ({dynamic_speed / dense_speed:.2f} x)",
+        ),
+        ("tokens after each stage", str(patches), *(" ".join(map(str, counts)) for counts in tokens.values())),
+        ("object patches kept", "100.0 %", "all, merged", f"{object_coverage(val_set, kept, grid):.1%}"),
+        ("  if kept at random", "", "", f"{tokens['dynamic'][-1] / patches:.1%}"),
     ]
     for name, *cells in rows:
-        print(f"{name:<34}{cells[0]:>10}{cells[1]:>20}")
+        print(f"{name:<30}{cells[0]:>8}{cells[1]:>22}{cells[2]:>18}")
 
-    strips = [strip(enlarge(images[i], 2), [k[i] for k in pruning.kept], grid) for i in range(NUM_PICTURES)]
+    groups = traces["dynamic"].groups
+    strips = [strip(enlarge(images[i], 2), groups[i], grid) for i in range(NUM_PICTURES)]
     save_png(contact_sheet(strips), OUTPUT / "kept_tokens.png")
     print(f"\nimages losing their tokens, stage by stage: {OUTPUT / 'kept_tokens.png'}")
 
 
-def images_per_second(dense: nn.Module, dynamic: nn.Module, images: torch.Tensor) -> list[float]:
-    batch = BatchTransform(torch.device("cpu"))(images)
-    models = {"dense": dense, "dynamic": dynamic}
+def merge_untrained(dense: nn.Module, val_set: Shapes) -> tuple[nn.Module, float]:
+    """The dense model with its tokens merged, and its top-1 in percent."""
+    merged = build_model(replace(dense.spec, dense=False, keep_rates=None, **MERGED)).eval()
+    load_weights(merged, dense.state_dict())
+    preprocessing = dense.spec.preprocessing
+    transform = BatchTransform(torch.device("cpu"), preprocessing.mean, preprocessing.std)
+    loader = DataLoader(
+        [(pil_to_tensor(image), label) for image, label in map(val_set.__getitem__, range(len(val_set)))], BATCH_SIZE
+    )
+    return merged, evaluate(merged, loader, transform, torch.device("cpu"), None, sharded=False)["top1"]
+
+
+def images_per_second(models: dict[str, nn.Module], images: torch.Tensor) -> list[float]:
+    preprocessing = models["dense"].spec.preprocessing
+    batch = BatchTransform(torch.device("cpu"), preprocessing.mean, preprocessing.std)(images)
     steps = {name: lambda images, _, model=model: model(images) for name, model in models.items()}
     with torch.inference_mode():
         seconds = interleave(steps, batch, batch, ROUNDS, steps_per_turn=1)
