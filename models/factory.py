@@ -142,6 +142,8 @@ def build_by_timm_name(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, Mo
     """Any timm model, and the spec completed from its pretrained_cfg."""
     check_known(spec.arch)
     options = dict(spec.sizes, num_classes=spec.num_classes, img_size=spec.img_size)
+    if timm.model_entrypoint(spec.arch).__module__ == ConvNeXt.__module__:
+        del options["img_size"]  # it takes images of any size, and no such argument
     if drop_path:
         options["drop_path_rate"] = drop_path
     try:
@@ -209,7 +211,7 @@ def default_pruning_loc(spec: ModelSpec, backbone: nn.Module) -> tuple[int, ...]
     if spec.arch in ARCHS and not {"depth", "depths"} & set(spec.sizes):
         return ARCHS[spec.arch].pruning_loc
     if isinstance(backbone, SPATIAL):
-        step = max(1, len(spatial.third_stage(backbone)) // 9)
+        step = max(1, len(spatial.third_stage_blocks(backbone)) // 9)
         return (step, 2 * step, 3 * step)
     depth = len(getattr(backbone, "blocks", ()))
     return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
