@@ -142,6 +142,8 @@ def build_by_timm_name(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, Mo
     """Any timm model, and the spec completed from its pretrained_cfg."""
     check_known(spec.arch)
     options = dict(spec.sizes, num_classes=spec.num_classes, img_size=spec.img_size)
+    if timm.model_entrypoint(spec.arch).__module__ == ConvNeXt.__module__:
+        del options["img_size"]  # it takes images of any size, and no such argument
     if drop_path:
         options["drop_path_rate"] = drop_path
     try:

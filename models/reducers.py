@@ -55,7 +55,7 @@ def merge(
     # Each token enters its mean by its share. Sums of size times token could leave float16's range.
     shares = weights.gather(1, order) / torch.cat([total, total.gather(1, joined)], dim=1)
     shares = F.pad(shares, (num_prefix, 0), value=1.0)[..., None].to(x.dtype)
-    rows = num_prefix + joined + end * torch.arange(len(x), device=x.device)[:, None]
+    rows = num_prefix + joined + end * torch.arange(x.shape[0], device=x.device)[:, None]
     merged = (x * shares)[:, :end].flatten(0, 1)
     merged = merged.index_add(0, rows.flatten(), (rest * shares[:, end:]).flatten(0, 1))
     return Reduced(merged.unflatten(0, (-1, end)), kept, merged_size, others, joined)

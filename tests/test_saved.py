@@ -44,6 +44,7 @@ FAMILIES = {
     "lvvit": lambda: create_model("lvvit_s", **TINY),
     "swin": lambda: create_model("swin_t", embed_dim=24, **SPATIAL),
     "convnext": lambda: create_model("convnext_t", embed_dim=8, **SPATIAL),
+    "timm convnext": lambda: make_dynamic(timm.create_model("test_convnext"), (1,), (0.5,)),
     "eva": lambda: make_dynamic(tiny_timm("eva02_tiny_patch14_224"), (3, 6), (0.7, 0.5), "attention", "merge"),
     "timm swin": lambda: create_model("swin_tiny_patch4_window7_224", window_size=2, **SPATIAL | {"depths": None}),
     "timm": lambda: make_dynamic(tiny_timm("vit_tiny_patch16_224.augreg_in21k"), (3, 6), (0.7, 0.5)),
