@@ -4,12 +4,14 @@
 #   sh download_pretrain.sh [arch ...]      (none: deit_small lvvit_s lvvit_m)
 #
 # Correct files stay, broken-off downloads are resumed, and the hash in a name is checked.
-# To use a mirror, set the environment variables DEIT_URL and LVVIT_URL (folders, see below).
+# To use a mirror, set the environment variables DEIT_URL, LVVIT_URL, SWIN_URL and CONVNEXT_URL (folders, see below).
 set -eu
 
 DEIT_URL=${DEIT_URL:-https://dl.fbaipublicfiles.com/deit}
 LVVIT_URL=${LVVIT_URL:-https://github.com/zihangJiang/TokenLabeling/releases/download/1.0}
-KNOWN="deit_tiny deit_small deit_base lvvit_s lvvit_m"
+SWIN_URL=${SWIN_URL:-https://github.com/SwinTransformer/storage/releases/download/v1.0.0}
+CONVNEXT_URL=${CONVNEXT_URL:-https://dl.fbaipublicfiles.com/convnext}
+KNOWN="deit_tiny deit_small deit_base lvvit_s lvvit_m swin_t swin_s swin_b convnext_t convnext_s convnext_b"
 
 die() {
     echo "download_pretrain.sh: $*" >&2
@@ -29,6 +31,12 @@ lookup() {
     deit_base) base=$DEIT_URL file=deit_base_patch16_224-b5f2ef4d.pth ;;
     lvvit_s) base=$LVVIT_URL file=lvvit_s-224-83.3.pth.tar remote=lvvit_s-26M-224-83.3.pth.tar ;;
     lvvit_m) base=$LVVIT_URL file=lvvit_m-56M-224-84.0.tar remote=lvvit_m-56M-224-84.0.pth.tar ;;
+    swin_t) base=$SWIN_URL file=swin_tiny_patch4_window7_224.pth ;;
+    swin_s) base=$SWIN_URL file=swin_small_patch4_window7_224.pth ;;
+    swin_b) base=$SWIN_URL file=swin_base_patch4_window7_224.pth ;;
+    convnext_t) base=$CONVNEXT_URL file=convnext_tiny_1k_224_ema.pth ;;
+    convnext_s) base=$CONVNEXT_URL file=convnext_small_1k_224_ema.pth ;;
+    convnext_b) base=$CONVNEXT_URL file=convnext_base_1k_224_ema.pth ;;
     deit_256) die "deit_256 has no published dense weights; train it from scratch, or use one of: $KNOWN" ;;
     *) die "unknown arch '$1'; known: $KNOWN" ;;
     esac
@@ -103,7 +111,7 @@ fetch() {
     fi
     if ! correct "$part"; then
         rm -f "$part"
-        [ -n "$hash" ] || die "$url is empty; nothing saved, run this again or try another server (LVVIT_URL)"
+        [ -n "$hash" ] || die "$url is empty; nothing saved, run this again or try another server (LVVIT_URL, SWIN_URL, CONVNEXT_URL)"
         die "$url is damaged (sha256 is not $hash...); nothing saved, run this again or try another server (DEIT_URL)"
     fi
     mv "$part" "$file"

@@ -425,7 +425,7 @@ def test_evaluation_without_a_run(dense_run: Path, image_folder: Path, capfd: py
 @pytest.mark.parametrize("arch", ["swin_t", "convnext_t"])
 def test_journal_models_train(arch: str, tmp_path: Path) -> None:
     """Dense, dynamic with a teacher in two processes, evaluated from the checkpoint alone."""
-    sizes = "--embed-dim 16 --depths 1 1 4 1 --num-classes 9 --input-size 64".split()
+    sizes = "--embed-dim 16 --depths 1 1 4 1 --num-classes 9 --input-size 32".split()
     sizes += "--num-heads 1 2 4 8 --window-size 2".split() if arch == "swin_t" else []
     common = [*"--data-set SHAPES --device cpu --amp off --num-workers 0 --batch-size 250".split()]
     common += "--epochs 1 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0 --print-freq 4 --repeated-aug".split()
@@ -463,11 +463,11 @@ class TestLaunching:
         refused([*TINY_RUN, "--dense", "--data-set", "SHAPES"], expected, "torchrun")
 
     def test_missing_processes_are_named(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
-        monkeypatch.setattr(utils, "WARN_SECONDS", 0.2)
-        monkeypatch.setattr(utils, "START_SECONDS", 0.4)
+        monkeypatch.setattr(utils, "WARN_SECONDS", 1)
+        monkeypatch.setattr(utils, "START_SECONDS", 2)
         for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(utils.LaunchError, match="rank 1, 2 of the 3 processes has not started within 0.4 s"):
+        with pytest.raises(utils.LaunchError, match="rank 1, 2 of the 3 processes has not started within 2 s"):
             utils.init_distributed(torch.device("cpu"))
         assert "waiting: rank 1, 2 of the 3 processes" in capfd.readouterr().err
 

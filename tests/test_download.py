@@ -87,6 +87,7 @@ class Checkout:
     def run(self, *archs: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": str(self.bin), "HOME": str(self.home)}
         environment |= {"DEIT_URL": self.server.url, "LVVIT_URL": self.server.url + "/"}
+        environment |= {"SWIN_URL": self.server.url, "CONVNEXT_URL": self.server.url}
         command = [str(self.bin / "sh"), str(self.script), *archs]
         return subprocess.run(command, env=environment, cwd=self.home, capture_output=True, text=True, timeout=10)
 
