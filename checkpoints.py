@@ -72,6 +72,13 @@ class RunState:
         return cls(**own, spec=spec_of(content), progress=progress)
 
 
+def settings_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the command that wrote a checkpoint; empty where it tells none."""
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args  # published files
+    return args if isinstance(args, dict) else {}
+
+
 def spec_of(content: dict[str, Any]) -> ModelSpec | None:
     """The description of the model whose weights a checkpoint holds, where it tells one.
 
@@ -79,14 +86,10 @@ def spec_of(content: dict[str, Any]) -> ModelSpec | None:
     """
     if content.get("spec"):
         return ModelSpec.from_dict(content["spec"])
-    args = content.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(args, dict):
-        return None
-    arch = next((a for a in (args.get("model"), args.get("arch")) if known_arch(a)), None)
+    args = settings_of(content)
+    arch = known_arch(args.get("model")) or known_arch(args.get("arch"))
     if arch is None:
         return None
-    arch = known_arch(arch)
     sizes = {n: args[n] for n in ARCHS[arch].sizes if args.get(n) is not None}
     sizes = {n: value for n, value in sizes.items() if value != ARCHS[arch].sizes[n]}
     head = find_weights(content).get("head.bias")
@@ -161,7 +164,7 @@ def read_run(place: Place, changes: Changes) -> dict[str, Any] | None:
     if max(ages) == NOT_WANTED:
         return None
     reader = ages.index(max(ages))
-    content, error = attempt(read_and_check, place, path, changes) if modification(path) == max(ages) else (None, None)
+    content, error = attempt(read_and_check, place, path, changes) if ages[get_rank()] == max(ages) else (None, None)
     raise_first(gather(error))
     if get_rank() == reader:
         print(f"checkpoint: {path}", flush=True)

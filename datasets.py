@@ -22,7 +22,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from errors import ImageError, UserError
 from image_files import ImageFiles, class_folders, list_images, scan
-from models.spec import Preprocessing
+from models.spec import ModelSpec, Preprocessing
 from samplers import TrainSampler
 from shapes import Shapes
 from signals import ignore_stop_signals
@@ -178,6 +178,15 @@ def find_source(train: bool, options: DataOptions, size: Size, labelled: bool) -
     if options.data_set == "IMNET":
         return read_train_or_val(root, train, options.num_classes, labelled)
     raise UserError(f"unknown --data-set {options.data_set}; known: {', '.join(DATA_SETS)}")
+
+
+def class_names(spec: ModelSpec, classes: Sequence[str] = ()) -> Sequence[str]:
+    """A model's own names of its classes, ImageNet's for 1000, the data's if they are as many, or numbers."""
+    if spec.class_names is not None:
+        return spec.class_names
+    if spec.num_classes == 1000:
+        return [name.split(",")[0] for name in ImageNetInfo("imagenet-1k").label_descriptions()]
+    return classes if len(classes) == spec.num_classes else [f"class {i}" for i in range(spec.num_classes)]
 
 
 def fingerprint(source: Dataset) -> str:

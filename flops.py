@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
+from models import ModelSpec, build_model, geometric_keep_rates
+
+BISECTIONS = 20
 
 
 def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:
@@ -32,6 +35,22 @@ def dense_and_dynamic_gflops(model: nn.Module) -> dict[str, float]:
         dense = build_model(model.spec.as_dense())
     gflops = {"dense": count_gflops(dense, model.spec.img_size)}
     return gflops if model.spec.dense else gflops | {"dynamic": count_gflops(model, model.spec.img_size)}
+
+
+def solve_keep_rates(spec: ModelSpec, gflops: float, lowest: float) -> tuple[float, ...]:
+    """Rates of a spec's stages, each keeping the same share of its tokens, at which it costs at most so many GFLOPs.
+
+    lowest: where the search begins; that share is returned if even it costs more.
+    """
+    num_stages = len(spec.pruning_loc)
+    with torch.device("meta"):
+        model = build_model(replace(spec, keep_rates=(1.0,) * num_stages))
+    low, high = lowest, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        model.set_keep_rates(geometric_keep_rates(middle, num_stages))
+        low, high = (middle, high) if count_gflops(model, model.spec.img_size) <= gflops else (low, middle)
+    return geometric_keep_rates(low, num_stages)
 
 
 def gflops_of(run: Callable[[], object]) -> float:

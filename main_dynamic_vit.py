@@ -42,10 +42,11 @@ def main(args: Namespace) -> None:
 
     # The model is as its checkpoint says, but for what the flags say.
     earlier = read_run(options.place(args), partial(options.changes, args))
-    base = spec_of(earlier or (read_checkpoint(args.pretrained) if args.pretrained else {}))
+    content = earlier or (read_checkpoint(args.pretrained) if args.pretrained else {})
+    base = spec_of(content)
     spec = options.model_spec(args, base, resumed=earlier is not None)
     args = options.with_recipe(args, spec)
-    weights = read_weights(args, spec, resumed=earlier is not None)
+    weights = read_weights(args, spec, content, resumed=earlier is not None)
 
     data = options.data_options(args, base.num_classes if base and not args.dense else None)
     labelled = args.cls_weight > 0
@@ -75,13 +76,12 @@ def main(args: Namespace) -> None:
         train(args, model, teacher, sources, gflops, device, stop, earlier)
 
 
-def read_weights(args: Namespace, spec: ModelSpec, resumed: bool) -> StateDict | None:
-    """The dense model's, for a student that starts from them or a teacher; None where neither needs them."""
+def read_weights(args: Namespace, spec: ModelSpec, content: dict[str, Any], resumed: bool) -> StateDict | None:
+    """The dense model's; None where nobody needs them. content: of what is resumed, else --pretrained."""
     from_scratch = spec.dense and not args.pretrained and not args.eval
-    needs_teacher = args.distill and not args.eval
-    if from_scratch or (resumed and not needs_teacher):
+    if from_scratch or (resumed and (args.eval or not args.distill)):
         return None
-    return read_dense_weights(spec, args.pretrained)
+    return find_weights(content) if content and not resumed else read_dense_weights(spec, args.pretrained)
 
 
 def evaluate_only(

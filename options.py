@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from checkpoints import BEST, LAST, Place, spec_of
+from checkpoints import BEST, LAST, Place, settings_of, spec_of
 from clocks import SaveClock
 from datasets import DATA_SETS, Augmentation, DataOptions
 from errors import UserError
@@ -382,10 +382,13 @@ def one_or_tuple(value: Any) -> Any:
     return value
 
 
-def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool]:
-    """A model in eval mode, as its checkpoint says but for what the flags say, and whether what it has beside its
-    dense backbone is trained. For tools: args has the flags of add_model_flags and --resume (a checkpoint, a run's
-    folder or a saved model's; None: the newest run under logs/). Raises UserError."""
+def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[str, Any]]:
+    """A model in eval mode, whether what it has beside its dense backbone is trained, and its run's flags.
+
+    The model is as its checkpoint says, but for what the flags say. For tools: args has the flags of
+    add_model_flags and --resume (a checkpoint, a run's folder or a saved model's; None: the newest run under
+    logs/). Raises UserError.
+    """
     path = args.pretrained or locate_checkpoint(args.resume)
     content = read_checkpoint(path)
     base, weights = spec_of(content), find_weights(content)
@@ -401,7 +404,7 @@ def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool]:
         log(note)
     log(f"{path}: {model.spec.arch}, {model.spec.num_classes} classes")
     trained = not any("untrained" in note for note in notes)
-    return model.eval(), trained
+    return model.eval(), trained, settings_of(content)
 
 
 def locate_checkpoint(resume: str | None) -> Path:
@@ -426,7 +429,7 @@ def changes(args: argparse.Namespace, content: dict[str, Any]) -> list[str]:
     """What the flags ask for otherwise than a checkpoint was written with."""
     base = spec_of(content)
     spec = with_flags(args, base or ModelSpec(), args.dense)
-    earlier = content.get("args", {})
+    earlier = settings_of(content)
     now = vars(with_recipe(args, spec))
     different = [
         f"--{name.replace('_', '-')} {earlier[name]} -> {value}"

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from datasets import Augmentation, BatchTransform
 from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
 from models import Teacher, gives_embeddings
+from models.pretrained import NEW
 from utils import get_world_size
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 PREDICTOR, BACKBONE = "predictor", "backbone"  # names of parameter groups
-NEW = ("score_predictor", "fast")  # in the names of what a dynamic model has and its dense backbone has not
 FROZEN = ("cls_token", "pos_embed")
 
 

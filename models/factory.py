@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.models import ConvNeXt, SwinTransformer, get_pretrained_cfg
+from timm.models import ConvNeXt, get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -15,7 +15,6 @@ from .lvvit import LVViT
 from .spec import ModelError, ModelSpec, Preprocessing
 
 DeiT = partial(VisionTransformer, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-SPATIAL = (SwinTransformer, ConvNeXt)  # no location can leave these
 IMAGE_TEXT = ("clip", "siglip", "pe_core")  # in timm's names of models that were trained on images with texts
 DEFAULT_CLASSES, DEFAULT_SIZE = 1000, 224  # of the papers' models
 
@@ -198,7 +197,7 @@ def make_dynamic(
     pruning_loc: the blocks before which tokens are reduced. keep_rates: the share of the original
     patch tokens kept after each of these stages. Raises ValueError if anything does not fit.
     """
-    if isinstance(backbone, SPATIAL):
+    if isinstance(backbone, spatial.Backbone):
         if (scorer, reducer) != ("predictor", "drop"):
             raise ValueError(f"a {type(backbone).__name__} has predictors and fast paths; no {scorer} + {reducer}")
         return spatial.make_spatial_dynamic(backbone, pruning_loc, keep_rates, merge_streams)
@@ -210,7 +209,7 @@ def default_pruning_loc(spec: ModelSpec, backbone: nn.Module) -> tuple[int, ...]
     three times early in the third stage."""
     if spec.arch in ARCHS and not {"depth", "depths"} & set(spec.sizes):
         return ARCHS[spec.arch].pruning_loc
-    if isinstance(backbone, SPATIAL):
+    if isinstance(backbone, spatial.Backbone):
         step = max(1, len(spatial.third_stage_blocks(backbone)) // 9)
         return (step, 2 * step, 3 * step)
     depth = len(getattr(backbone, "blocks", ()))
@@ -219,7 +218,7 @@ def default_pruning_loc(spec: ModelSpec, backbone: nn.Module) -> tuple[int, ...]
 
 def default_keep_rates(backbone: nn.Module, base_rate: float, num_stages: int) -> tuple[float, ...]:
     """As published for the backbone's family."""
-    rates = spatial.arithmetic_keep_rates if isinstance(backbone, SPATIAL) else geometric_keep_rates
+    rates = spatial.arithmetic_keep_rates if isinstance(backbone, spatial.Backbone) else geometric_keep_rates
     return rates(base_rate, num_stages)
 
 

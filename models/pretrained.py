@@ -11,12 +11,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from timm.models import ConvNeXt, SwinTransformer
 from torch import Tensor, nn
 
 from .factory import ARCHS, check_known
 from .saved import looks_like_saved, read_saved
-from .spatial import map_published
+from .spatial import Backbone, map_published
 from .spec import CheckpointError, ModelSpec, StateDict
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
@@ -115,7 +114,7 @@ def load_weights(model: nn.Module, weights: StateDict, new_head: bool = False) -
     file starts a dynamic model). new_head: a head of another number of classes is left out and
     starts anew. Raises CheckpointError that names everything else that does not fit.
     """
-    if isinstance(model, (SwinTransformer, ConvNeXt)):
+    if isinstance(model, Backbone):
         weights = map_published(weights, model)
     weights = dict(weights)
     target = model.state_dict()

@@ -1,7 +1,6 @@
 """The dense backbone that a dynamic model learns from."""
 
 import torch
-from timm.models import ConvNeXt, SwinTransformer
 from torch import Tensor, nn
 
 from . import spatial
@@ -28,7 +27,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.vit, (SwinTransformer, ConvNeXt)):
+        if isinstance(self.vit, spatial.Backbone):
             return spatial.split_outputs(self.vit, self.vit.forward_features(images))
         choose_attention(self.vit, images)
         return find_adapter(self.vit).outputs(self.vit, self.vit.forward_features(images), weights=None)

@@ -157,9 +157,8 @@ def test_no_minutes_no_training(weights: Path, photos: Path, tmp_path: Path) -> 
 
 def test_minutes_become_steps() -> None:
     """5 minutes less 10 times 3 measurings of 2 s, at 0.5 s a step: 480 steps."""
-    args, recipe = SimpleNamespace(steps=None, minutes=5), SimpleNamespace(epochs=10)
-    tuning = SimpleNamespace(args=args, recipe=recipe, seconds_a_step=lambda: 0.5)
-    assert accelerate.FineTuning.schedule(tuning, seconds=2.0) == (10, 48)
+    tuning = SimpleNamespace(recipe=SimpleNamespace(epochs=10), seconds_a_step=lambda: 0.5)
+    assert accelerate.FineTuning.schedule(tuning, steps=None, minutes=5, seconds=2.0) == (10, 48)
 
 
 def test_held_back_images_are_never_trained_on(

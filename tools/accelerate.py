@@ -42,7 +42,7 @@ from datasets import (
 )
 from engine import accumulate_gradients, copy_statistics, update_weights
 from errors import UserError, exit_status
-from flops import count_gflops, dense_and_dynamic_gflops
+from flops import dense_and_dynamic_gflops, solve_keep_rates
 from image_files import ImageFiles
 from models import (
     CheckpointError,
@@ -129,11 +129,12 @@ def main(args: argparse.Namespace) -> None:
 
     stopped = None
     if len(training) > 0 and (args.minutes if args.steps is None else args.steps) > 0:
-        tuning = FineTuning(args, fast, teacher, training, loader)
+        recipe = build_recipe(RECIPE, batch_size=args.batch_size, seed=args.seed, distill=True, model_ema=False)
+        tuning = FineTuning(recipe, args.num_workers, fast, teacher, training, loader)
         if "schedule" not in notes:
-            notes["schedule"] = tuning.schedule(seconds)
+            notes["schedule"] = tuning.schedule(args.steps, args.minutes, seconds)
             write_json(args.output / REPORT, notes)
-        run = tuning.run(*notes["schedule"], gflops, stop, settings)
+        run = tuning.run(args.output / TRAINING, *notes["schedule"], gflops, stop, settings)
         try:
             run.to_the_end()
         except Stopped as error:
@@ -195,31 +196,23 @@ def choose_stages(
         return replace(spec, keep_rates=tuple(keep_rates))
     if base_rate is not None:
         return replace(spec, keep_rates=geometric_keep_rates(base_rate, len(spec.pruning_loc)))
-    return replace(spec, keep_rates=solve_keep_rates(spec, speedup))
+    return replace(spec, keep_rates=keep_rates_for(spec, speedup))
 
 
-def solve_keep_rates(spec: ModelSpec, speedup: float) -> tuple[float, ...]:
-    """The constant rate that makes the model so many times cheaper than its dense backbone, by bisection."""
+def keep_rates_for(spec: ModelSpec, speedup: float) -> tuple[float, ...]:
+    """The constant rate that makes the model so many times cheaper than its dense backbone."""
     num_stages = len(spec.pruning_loc)
-    low, high = FEWEST_TOKENS ** (1 / num_stages), 1.0
+    lowest = FEWEST_TOKENS ** (1 / max(num_stages, 1))
     with torch.device("meta"):
-        model = build_model(replace(spec, keep_rates=(1.0,) * num_stages))
-        dense_gflops = count_gflops(build_model(spec.as_dense()), model.spec.img_size)
-
-    def speedup_at(rate: float) -> float:
-        model.set_keep_rates(geometric_keep_rates(rate, num_stages))
-        return dense_gflops / count_gflops(model, model.spec.img_size)
-
-    largest = math.floor(100 * speedup_at(low)) / 100
+        shortest = build_model(replace(spec, keep_rates=geometric_keep_rates(lowest, num_stages)))
+    gflops = dense_and_dynamic_gflops(shortest)
+    largest = math.floor(100 * gflops["dense"] / gflops["dynamic"]) / 100
     if not 1 < speedup <= largest:
         raise UserError(
             f"--speedup must be above 1 and at most {largest:.3g} for {spec.arch}, got {speedup:g}; "
             f"more would leave less than {FEWEST_TOKENS:.0%} of its tokens (by hand: --pruning-loc and --base-rate)"
         )
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if speedup_at(middle) >= speedup else (low, middle)
-    return geometric_keep_rates(low, num_stages)
+    return solve_keep_rates(spec, gflops["dense"] / speedup, lowest)
 
 
 def split(folder: Path, num_classes: int) -> tuple[ImageFiles, ImageFiles]:
@@ -333,38 +326,44 @@ class FineTuning:
     """Label-free fine-tuning by the engine that main_dynamic_vit.py trains with."""
 
     def __init__(
-        self, args: argparse.Namespace, model: nn.Module, teacher: Teacher, training: ImageFiles, val_loader: DataLoader
+        self,
+        recipe: Recipe,
+        num_workers: int,
+        model: nn.Module,
+        teacher: Teacher,
+        training: ImageFiles,
+        val_loader: DataLoader,
     ) -> None:
-        self.args, self.model, self.teacher, self.val_loader = args, model, teacher, val_loader
+        self.recipe, self.num_workers, self.val_loader = recipe, num_workers, val_loader
+        self.model, self.teacher = model, teacher
         self.device = next(model.parameters()).device
-        self.recipe = build_recipe(RECIPE, batch_size=args.batch_size, seed=args.seed, distill=True, model_ema=False)
         self.augmentation = build_augmentation(RECIPE)
         self.training = training
 
     def loader(self, steps: int) -> DataLoader:
         """Training images for so many steps, each image as often as it takes."""
-        repeats = math.ceil(steps * self.args.batch_size / len(self.training))
+        repeats = math.ceil(steps * self.recipe.batch_size / len(self.training))
         images = ImageFiles([*self.training.samples()] * repeats, self.training.classes, self.training.root)
         transform = train_transform(self.model.spec.img_size, self.augmentation)
         data_set = AugmentedDataset(images, transform, train=True, skip_bad=True)
         pinned = self.device.type == "cuda"
-        loader, _ = build_train_loader(data_set, self.args.batch_size, self.args.num_workers, pinned, self.args.seed)
+        loader, _ = build_train_loader(data_set, self.recipe.batch_size, self.num_workers, pinned, self.recipe.seed)
         return loader
 
     def trainer(self, recipe: Recipe, model: nn.Module, steps: int) -> Trainer:
         print_freq = max(1, steps // 2)
         return build_trainer(recipe, model, self.teacher, self.device, self.augmentation, steps, print_freq)
 
-    def schedule(self, seconds: float) -> tuple[int, int]:
-        """Epochs and steps in each: --steps, or as many as --minutes allows on this machine.
+    def schedule(self, steps: int | None, minutes: float, seconds: float) -> tuple[int, int]:
+        """Epochs and steps in each: so many steps, or (None) as many as the minutes allow on this machine.
 
         seconds: what it takes to measure the model on the images held back, which every epoch ends with.
         """
-        epochs, steps = self.recipe.epochs, self.args.steps
+        epochs = self.recipe.epochs
         if steps is None:
             seconds_a_step = self.seconds_a_step()
-            steps = max(epochs, int((60 * self.args.minutes - 3 * epochs * seconds) / seconds_a_step))
-            log(f"{seconds_a_step:.2f} s a step: {steps} steps in {self.args.minutes:g} minutes")
+            steps = max(epochs, int((60 * minutes - 3 * epochs * seconds) / seconds_a_step))
+            log(f"{seconds_a_step:.2f} s a step: {steps} steps in {minutes:g} minutes")
         epochs = min(epochs, steps)
         return epochs, math.ceil(steps / epochs)
 
@@ -380,9 +379,16 @@ class FineTuning:
             ends.append(time.monotonic())
         return statistics.median([after - before for before, after in pairwise(ends)])
 
-    def run(self, epochs: int, steps: int, gflops: dict[str, float], stop: StopSignal, settings: dict[str, Any]) -> Run:
-        """The training run, or what is left of it if it was begun before."""
-        folder = self.args.output / TRAINING
+    def run(
+        self,
+        folder: Path,
+        epochs: int,
+        steps: int,
+        gflops: dict[str, float],
+        stop: StopSignal,
+        settings: dict[str, Any],
+    ) -> Run:
+        """The training run in the folder, or what is left of it if it was begun before."""
         place = Place(str(folder), "auto", evaluating=False)
         earlier = read_run(place, lambda content: [])  # claim has compared the settings
         recipe = replace(self.recipe, epochs=epochs)
@@ -390,7 +396,7 @@ class FineTuning:
             place=place,
             epochs=epochs,
             steps_per_epoch=steps,
-            step_images=self.args.batch_size,
+            step_images=recipe.step_images,
             save_freq=SAVE_FREQ,
             dist_eval=False,
             compare_with_dense=True,

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from datasets import AugmentedDataset
+from datasets import AugmentedDataset, class_names
 from engine import SUMS, batch_sums, means_over_images
 from losses import cosine_distance, kl_divergence
 from models import ModelSpec, gives_embeddings
@@ -227,7 +226,7 @@ def different_photos(comparison: Comparison, kept: str) -> str:
     embeddings = gives_embeddings(comparison.spec)
     distance = (cosine_distance if embeddings else kl_divergence)(outputs, dense)
     worst = distance.topk(min(NUM_DIFFERENT, len(distance)))
-    names = None if embeddings else class_names(comparison)
+    names = None if embeddings else class_names(comparison.spec, comparison.images.source.classes)
     figures = []
     for value, i in zip(worst.values.tolist(), worst.indices.tolist(), strict=True):
         if names is None:
@@ -236,13 +235,6 @@ def different_photos(comparison: Comparison, kept: str) -> str:
             text = f"dense: {answer(dense[i], names)}<br>fast: {answer(outputs[i], names)}"
         figures.append(f"<figure><img src='{embed(comparison.images[i][0])}'><figcaption>{text}</figcaption></figure>")
     return f"<h2>Where the answers differ most</h2><div class='photos'>{''.join(figures)}</div>"
-
-
-def class_names(comparison: Comparison) -> Sequence[str]:
-    num_classes, names = comparison.spec.num_classes, comparison.spec.class_names or comparison.images.source.classes
-    if num_classes == 1000:
-        return [name.split(",")[0] for name in ImageNetInfo("imagenet-1k").label_descriptions()]
-    return names if len(names) == num_classes else [f"class {i}" for i in range(num_classes)]
 
 
 def answer(logits: Tensor, names: Sequence[str]) -> str:

@@ -11,7 +11,6 @@ With --input FOLDER it measures instead how fast a core reads and augments image
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,16 +30,16 @@ import utils
 from datasets import AugmentedDataset, train_transform
 from engine import accumulate_gradients, autocast, copy_statistics, update_weights
 from errors import UserError, exit_status
-from flops import count_gflops, gflops_of
+from flops import count_gflops, gflops_of, solve_keep_rates
 from image_files import ImageFiles, list_images
-from models import ModelSpec, Teacher, build_model, geometric_keep_rates
+from models import ModelSpec, Teacher, build_model
 from options import KEEP_RATE, POSITIVE, OneLineParser, number
 from recipe import AMP_DTYPES, build_augmentation, build_recipe, build_trainer
+from timing import Step, hardware, interleave
 
 NUM_CLASSES = 1000
 SCALING_SIZES = (160, 224, 288, 384, 512)
 SCALING_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-WARMUP_ROUNDS = 3  # as many as CUDA graphs need to be recorded
 INPUT_IMAGES = 200  # of a folder, at most
 LATENCY_ROUNDS = 10  # times --repeats, as batch 1 is short and a 95th percentile needs many
 STEPS_PER_TURN = {"cpu": 1, "cuda": 5}  # on a GPU several, so that its queue stays filled as in real use
@@ -60,9 +59,7 @@ COLUMNS = {  # of the printed table, by their names in the JSON file: heading, w
 }
 
 TRAININGS = ("dense", "teacher alone", "dynamic", "dynamic + teacher", "merged + teacher")
-BISECTIONS = 12
-
-Step = Callable[[Tensor, Tensor], None]  # what is measured, on (B, 3, H, W) images and (B,) labels
+LOWEST_RATE = 0.5  # of a merged model's stages
 
 
 @dataclass(frozen=True)
@@ -282,15 +279,8 @@ def make_models(settings: Settings, input_size: int, base_rate: float) -> dict[s
 def merged_spec(published: ModelSpec, depth: int, gflops: float) -> ModelSpec:
     """Class attention and merging before every block from a quarter of the depth on, at so many GFLOPs."""
     stages = tuple(range(max(1, depth // 4), depth))
-    spec = replace(published, scorer="attention", reducer="merge", pruning_loc=stages, keep_rates=(1.0,) * len(stages))
-    with torch.device("meta"):
-        model = build_model(spec)
-    low, high = 0.5, 1.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        model.set_keep_rates(geometric_keep_rates(middle, len(stages)))
-        low, high = (middle, high) if count_gflops(model, model.spec.img_size) < gflops else (low, middle)
-    return replace(spec, keep_rates=geometric_keep_rates(low, len(stages)))
+    spec = replace(published, scorer="attention", reducer="merge", pruning_loc=stages)
+    return replace(spec, keep_rates=solve_keep_rates(spec, gflops, LOWEST_RATE))
 
 
 def prepare(contender: Contender, images: Tensor, labels: Tensor, compile_mode: str | None) -> dict:
@@ -328,45 +318,6 @@ def peak_allocated(step: Callable[[], None], on_gpu: bool) -> int:
     events = trace.profiler.kineto_results.events()
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]
     return int(np.cumsum(changes).max())
-
-
-def interleave(
-    steps: dict[str, Step], images: Tensor, labels: Tensor, rounds: int, steps_per_turn: int
-) -> dict[str, np.ndarray]:
-    """Seconds per step, by contender: one number a round."""
-    seconds = {name: [] for name in steps}
-    names = list(steps)
-    for i in range(WARMUP_ROUNDS + rounds):
-        names.reverse()  # there and back, so that drift and the neighbour's traces in the cache cancel
-        for name in names:
-            elapsed = time_turn(partial(steps[name], images, labels), steps_per_turn, images.is_cuda)
-            if i >= WARMUP_ROUNDS:
-                seconds[name].append(elapsed)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
-def time_turn(step: Callable[[], None], steps_per_turn: int, on_gpu: bool) -> float:
-    """Seconds per step, until the last one's result is there."""
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps_per_turn):
-        step()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps_per_turn
-
-
-def hardware(device: str) -> str:
-    """The name of what computes."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def table_line(row: dict) -> str:

@@ -25,7 +25,7 @@ from flops import count_gflops
 from models import build_model, find_weights, load_weights, read_checkpoint
 from pictures import contact_sheet, enlarge, prune, save_png, strip
 from shapes import Shapes
-from tools.benchmark import hardware, interleave
+from timing import hardware, interleave
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = Path("logs/demo")

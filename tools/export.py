@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +20,13 @@ import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from errors import UserError, exit_status
-from image_files import open_image
+from image_files import list_images, open_image
 from models import ModelSpec, build_model, from_pretrained, gives_embeddings
 from models.saved import config_text, data_config, first_line
 from shapes import Shapes
+from timing import interleave
 from tools.predict import METADATA, Runner, load_onnx, require_packages
 from utils import log
 
@@ -37,7 +36,6 @@ MEASURED_BATCHES = (1, 8)
 TOLERANCE = 1e-4  # of float32 outputs, in units of their standard deviation where that is above 1
 FP16_TOLERANCE = 0.1  # of the median image, in standard deviations
 NUDGE, NUM_NUDGES = 1e-5, 8  # see undecided_images; pixels are a thousand times coarser
-WARMUP_ROUNDS = 3
 MAX_ONNX_BYTES = 2**31 - 2**20  # what one file can hold
 
 # Runs a torch.export program in a process that has nothing but torch.
@@ -123,7 +121,7 @@ def read_images(spec: ModelSpec, folder: Path | None) -> Tensor:
         shapes = Shapes(train=False, size=max(32, *data_config(spec)["input_size"][1:]), length=NUM_IMAGES)
         found = [shapes[i][0] for i in range(NUM_IMAGES)]
     else:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)[:NUM_IMAGES]
+        paths = list_images(folder)[:NUM_IMAGES]
         if not paths:
             raise UserError(f"no images in {folder}")
         found = [open_image(path) for path in paths]
@@ -306,24 +304,14 @@ def measure(model: nn.Module, wanted: dict[str, Path], batch: int | None, half: 
         with tempfile.TemporaryDirectory() as folder:
             dense_path = Path(folder, f"dense{path.suffix}")
             WRITERS[kind](exportable(dense, half), dense.spec, dense_path, batch)
-            runners = [load_runner(kind, dense_path), load_runner(kind, path)]
+            runners = {"dense": load_runner(kind, dense_path), "dynamic": load_runner(kind, path)}
         for size in MEASURED_BATCHES if batch is None else (batch,):
             images = torch.randn(size, *data_config(model.spec)["input_size"])
-            seconds = alternate(runners, images, repeats)
-            dense_ms, dynamic_ms = 1e3 * np.median(seconds, axis=0)
-            ratio = np.median(seconds[:, 0] / seconds[:, 1])
+            steps = {name: lambda images, _, run=run: run(images) for name, run in runners.items()}
+            seconds = interleave(steps, images, images, repeats, steps_per_turn=1)
+            dense_ms, dynamic_ms = (1e3 * np.median(seconds[name]) for name in ("dense", "dynamic"))
+            ratio = np.median(seconds["dense"] / seconds["dynamic"])
             log(f"{RUNTIMES[kind]:>12} {size:5} {dense_ms:9.2f} {dynamic_ms:10.2f} {ratio:6.2f}")
-
-
-def alternate(runners: Sequence[Runner], images: Tensor, repeats: int) -> np.ndarray:
-    """(repeats, runners) seconds. There and back, so that a drift of the machine's pace cancels."""
-    seconds = np.zeros((WARMUP_ROUNDS + repeats, len(runners)))
-    for turn in range(len(seconds)):
-        for i in list(range(len(runners)))[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
-            runners[i](images)
-            seconds[turn, i] = time.perf_counter() - start
-    return seconds[WARMUP_ROUNDS:]
 
 
 def command(argv: Sequence[str] | None = None) -> None:

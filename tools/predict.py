@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, create_transform
+from timm.data import create_transform
 from torch import Tensor
 
+from datasets import class_names
 from errors import UserError, exit_status
 from image_files import open_image
 from models import ModelSpec, from_pretrained, gives_embeddings
@@ -87,15 +88,6 @@ def require_packages(*names: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"needs {', '.join(missing)}: pip install -r requirements-export.txt")
-
-
-def class_names(spec: ModelSpec) -> Sequence[str]:
-    """The model's own, else ImageNet's for a thousand classes, else numbers."""
-    if spec.class_names is not None:
-        return spec.class_names
-    if spec.num_classes == 1000:
-        return [name.split(",")[0] for name in ImageNetInfo("imagenet-1k").label_descriptions()]
-    return [f"class {i}" for i in range(spec.num_classes)]
 
 
 def print_embeddings(photos: Sequence[Path], embeddings: Sequence[Tensor]) -> None:

@@ -44,6 +44,7 @@ from models.factory import default_keep_rates
 from models.pruning import TokenPruning, choose_attention
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, RUNS, OneLineParser, add_model_flags, load_trained_model, number
 from recipe import AMP_DTYPES, pick_amp
+from timing import hardware
 from tools.tome import ToMe
 from utils import log
 
@@ -109,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is what a sweep varies: use --base-rates and --methods")
     device = utils.pick_device(args.device)
     amp_dtype = pick_amp(args.amp, device)
-    model, trained = load_trained_model(args)
+    model, trained, _ = load_trained_model(args)
     spec = model.spec
     if spec.num_classes == 0:
         raise UserError(f"{spec.arch} has no classifier, so there are no answers to compare")
@@ -122,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     models = build_models(model.to(device), args.methods, trained, device)
 
     precision = str(amp_dtype or torch.float32).removeprefix("torch.")
-    title = f"{spec.arch}, {len(source)} images; {hardware(device)}, {precision}, batches of {args.batch_size}"
+    title = f"{spec.arch}, {len(source)} images; {hardware(device.type)}, {precision}, batches of {args.batch_size}"
     log(title)
     report = Report(args.output, title)
     for base_rate in args.base_rates:
@@ -341,10 +342,6 @@ def plot(rows: Sequence[Row], title: str) -> "Figure":
         axis.grid(alpha=0.3, which="both")
     figure.axes[1].legend(fontsize="small")
     return figure
-
-
-def hardware(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
 
 
 def command(argv: Sequence[str] | None = None) -> None:

@@ -15,19 +15,20 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
+import datasets
 import options
 import pictures
 import utils
 from datasets import DATA_SETS, DataOptions, build_source, eval_transform, is_native
 from errors import ImageError, UserError, exit_status
 from image_files import list_images, open_image
-from models import ModelSpec, read_checkpoint
+from models import ModelSpec
 from models.pruning import Trace
 from utils import log
 
@@ -49,9 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     check(args)
-    model, trained = options.load_trained_model(args)
+    model, trained, settings = options.load_trained_model(args)
     model.to(utils.pick_device("auto"))
-    data = run_data(args)
+    data = run_data(settings)
     classes = class_names(model.spec, data)
     args.output.mkdir(parents=True, exist_ok=True)
     strips = []
@@ -73,25 +74,20 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--dense leaves nothing to see: a dense model keeps all its tokens")
 
 
-def run_data(args: argparse.Namespace) -> DataOptions:
-    """The data set of the run that the weights are from; the default one where they do not tell."""
-    stored = read_checkpoint(args.pretrained or options.locate_checkpoint(args.resume)).get("args") or {}
-    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
-    data_set = stored.get("data_set")
-    return DataOptions(data_set if data_set in DATA_SETS else "IMNET", str(stored.get("data_path") or ""))
+def run_data(settings: dict[str, Any]) -> DataOptions:
+    """The data set of the run with these flags; the default one where they do not tell."""
+    data_set = settings.get("data_set")
+    return DataOptions(data_set if data_set in DATA_SETS else "IMNET", str(settings.get("data_path") or ""))
 
 
 def class_names(spec: ModelSpec, data: DataOptions) -> Sequence[str]:
-    """The model's own, or ImageNet's for 1000 classes, or those of the data set where it is found, else numbers."""
-    if spec.class_names is not None:
-        return spec.class_names
-    if spec.num_classes == 1000:
-        return [name.split(",")[0] for name in ImageNetInfo("imagenet-1k").label_descriptions()]
+    """See datasets.class_names; the data set's where it is found. It is looked for only if nothing else names them."""
+    if spec.class_names is not None or spec.num_classes == 1000:
+        return datasets.class_names(spec)
     try:
-        classes = build_source(train=False, options=data, size=spec.img_size).classes
+        return datasets.class_names(spec, build_source(train=False, options=data, size=spec.img_size).classes)
     except UserError:
-        classes = ()
-    return classes if len(classes) == spec.num_classes else [f"class {i}" for i in range(spec.num_classes)]
+        return datasets.class_names(spec)
 
 
 def read_images(source: str, count: int, spec: ModelSpec) -> Iterator[tuple[str, Image.Image]]:
