@@ -71,6 +71,15 @@ def size_bias(size: Tensor, num_prefix: int) -> Tensor:
     return F.pad(size.log(), (num_prefix, 0))[:, None, None]
 
 
+def aligned(bias: Tensor) -> Tensor:
+    """The same values in rows whose stride is a multiple of 8, once a stage.
+
+    CUDA's fused attention wants that of a bias, and would otherwise pad a copy of it in every block.
+    """
+    width = bias.shape[-1]
+    return F.pad(bias, (0, -width % 8))[..., :width]
+
+
 def choose_attention(vit: nn.Module, images: Tensor) -> None:
     """timm's plain attention instead of its fused kernel where that one falls short.
 
@@ -158,7 +167,7 @@ class TokenPruning:
             policy = keep_decisions[-1] if keep_decisions else ones
             policy = policy * sample_keep_decision(self.score_predictor[stage](patch_tokens, policy))
             keep_decisions.append(policy)
-            tokens.bias = policy_bias(policy, self.num_prefix_tokens).to(bias_dtype(tokens.x))
+            tokens.bias = aligned(policy_bias(policy, self.num_prefix_tokens).to(bias_dtype(tokens.x)))
 
         tokens = self.run_blocks(images, hide)
         logits, patch_tokens = self.adapter.outputs(self, tokens.x, weights=keep_decisions[-1])
@@ -235,7 +244,7 @@ class TokenPruning:
             patches = reduced.kept if stage == 0 else tokens.patches.gather(1, reduced.kept)
             tokens.x, tokens.size, tokens.patches = reduced.x, reduced.size, patches
             if reduced.size is not None:
-                tokens.bias = size_bias(reduced.size, self.num_prefix_tokens).to(matmul_dtype(reduced.x))
+                tokens.bias = aligned(size_bias(reduced.size, self.num_prefix_tokens).to(matmul_dtype(reduced.x)))
             stages.append(Stage(scores, reduced, patches))
 
         return self.run_blocks(images, shorten), stages

@@ -83,8 +83,7 @@ class DynamicBlock:
         mask tells which is true; the other is there to give the decision a gradient."""
         mixed = self.mix(select(kept, dropped, mask))
         slow, fast = self.slow(select(mixed, kept, mask)), self.fast_path(select(dropped, mixed, mask))
-        if self.mix_is_residual:
-            kept = dropped = mixed
+        kept, dropped = (mixed, mixed) if self.mix_is_residual else (kept, dropped)
         return kept + self.drop_path(slow), dropped + self.drop_path(fast)
 
 

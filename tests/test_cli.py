@@ -137,14 +137,24 @@ def test_trains_in_two_processes(launcher: list[str], image_folder: Path, dense_
     assert result.stdout.count("dense teacher") == 1
 
 
-def test_lvvit_without_distillation(image_folder: Path, tmp_path: Path) -> None:
+def test_lvvit(image_folder: Path, tmp_path: Path) -> None:
+    """Alone without a teacher; with one in two processes, whose BatchNorm statistics differ, and two batches a step."""
     sizes = [word if word != "deit_tiny" else "lvvit_s" for word in TINY_RUN]
     dense = run_main(*sizes, "--dense", "--data-path", image_folder, "--output-dir", tmp_path / "dense")
     assert dense.returncode == 0, dense.stderr
     weights = tmp_path / "dense" / "checkpoint_best.pth"
-    result = run_main(*sizes, *PRUNING, "--data-path", image_folder, "--pretrained", weights)
+    options = [*sizes, *PRUNING, "--data-path", str(image_folder), "--pretrained", str(weights)]
+    result = run_main(*options)
     assert result.returncode == 0, result.stderr
     assert "kept_2" in result.stdout and "cls_kl" not in result.stdout
+
+    options += ["--distill", "--dist-eval", "--update-freq", "2", "--output-dir", str(tmp_path / "dynamic")]
+    together = launch([*TORCHRUN, "--nproc_per_node=2", str(MAIN), *options, "--batch-size", "2"])
+    assert together.returncode == 0, together.stderr
+    lines = [json.loads(line) for line in (tmp_path / "dynamic" / "log.txt").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["val/images"] == 7 for line in lines)
+    assert lines[0]["lr/predictor"] == pytest.approx(5e-4 * 2 * 2 * 2 / 512)  # images, batches, processes
+    assert all(0 < line["train/cls_kl"] < 10 and line["train/skipped_steps"] == 0 for line in lines)
 
 
 def test_part_of_imagenet_takes_imagenet_labels(tmp_path: Path) -> None:

@@ -83,14 +83,18 @@ def weights(model: nn.Module) -> Tensor:
 
 
 class Ranking(nn.Module):
-    """Image k has the classes in the order k, k + 1, ...: of weights 1, 1/2, 1/4, ..., normalised."""
+    """Image k has the classes in the order k, k + 1, ...: of weights 1, 1/2, 1/4, ..., normalised.
 
-    def __init__(self, num_classes: int) -> None:
+    wrong: by how many classes that is off, until it is told another's statistics.
+    """
+
+    def __init__(self, num_classes: int, wrong: int = 0) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.register_buffer("wrong", torch.tensor(wrong))
 
     def forward(self, images: Tensor) -> Tensor:
-        place = (torch.arange(self.num_classes) - images) % self.num_classes
+        place = (torch.arange(self.num_classes) - images - self.wrong) % self.num_classes
         return -math.log(2) * place.float()
 
 
@@ -106,8 +110,8 @@ PLACES = (0, 5, 1, 0, 4, 2, 0)
 SIX_CLASSES = {"top1": 300 / 7, "top5": 600 / 7, "loss": math.log(63 / 32) + 12 / 7 * math.log(2), "images": 7}
 
 
-def evaluate_ranking(num_classes: int, loader: DataLoader, sharded: bool) -> dict[str, float]:
-    return evaluate(Ranking(num_classes), loader, nn.Identity(), CPU, None, sharded)
+def evaluate_ranking(num_classes: int, loader: DataLoader, sharded: bool, wrong: int = 0) -> dict[str, float]:
+    return evaluate(Ranking(num_classes, wrong), loader, nn.Identity(), CPU, None, sharded)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
@@ -154,6 +158,18 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+class SeedRecorder(nn.Identity):
+    """Notes the seed that each batch is augmented under."""
+
+    def __init__(self, seeds: list[int]) -> None:
+        super().__init__()
+        self.seeds = seeds
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seeds.append(torch.initial_seed())
+        return images
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     """Evaluates and trains as one of WORLD_SIZE processes, and writes down what came out."""
     torch.set_num_threads(1)
@@ -164,13 +180,16 @@ def work(rank: int, port: int, folder: Path) -> None:
     for name, places in (("seven", PLACES), ("two", PLACES[:2])):
         images = ranked_images(6, places)
         loader = DataLoader(images, 2, sampler=range(rank, len(images), WORLD_SIZE))
-        results[name] = evaluate_ranking(6, loader, sharded=True)
+        results[name] = evaluate_ranking(6, loader, sharded=True, wrong=rank)  # rank 0's statistics count
     whole = DataLoader(ranked_images(6, PLACES), 2)
     results["unsharded"] = evaluate_ranking(6, whole, sharded=False)
 
-    trainer = linear_trainer(DistributedDataParallel(build_linear()), update_freq=2)
+    seeds = []
+    transform = SeedRecorder(seeds)
+    trainer = linear_trainer(DistributedDataParallel(build_linear()), update_freq=2, batch_transform=transform)
     results["means"] = train(trainer, vector_batches(4 * WORLD_SIZE, 2)[rank::WORLD_SIZE])
     results["weights"] = weights(trainer.model).tolist()
+    results["seeds"] = list(seeds)
 
     # one process's images are not finite: all of them must leave the step out
     images, labels = vector_batches(1, 2)[0]
@@ -210,6 +229,11 @@ def test_processes_train_as_one(results: list[dict]) -> None:
     for result in results:
         assert result["weights"] == pytest.approx(weights(trainer.model).tolist(), abs=1e-6)
         assert result["means"] == pytest.approx(means, rel=1e-5)
+
+
+def test_every_batch_of_every_process_draws_its_own(results: list[dict]) -> None:
+    seeds = [seed for result in results for seed in result["seeds"]]
+    assert len(seeds) == len(set(seeds)) == 4 * WORLD_SIZE
 
 
 def test_processes_skip_a_bad_step_together(results: list[dict]) -> None:

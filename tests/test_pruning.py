@@ -233,6 +233,19 @@ def test_dropped_tokens_are_hidden_but_see_themselves() -> None:
     torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("reducer", ["drop", "merge"])
+def test_attention_bias_is_aligned(reducer: str) -> None:
+    """Rows begin at multiples of 8, or CUDA's fused attention copies the bias in every block."""
+    model = build("deit_tiny", reducer=reducer)
+    biases = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args, kwargs: biases.append(kwargs["attn_mask"]), with_kwargs=True)
+    model.train()(torch.rand(2, 3, 32, 32))
+    biases = [bias for bias in biases if bias is not None]
+    assert biases and any(bias.shape[-1] % 8 for bias in biases)
+    assert all(stride % 8 == 0 for bias in biases for stride in bias.stride()[:-1])
+
+
 def test_hiding_equals_removing(backbone: tuple[VisionTransformer, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     vit, images = backbone
     model = make_dynamic(vit, STAGES, RATES)

@@ -16,8 +16,8 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from losses import DistillDiffPruningLoss
-from models import spatial
-from models.spatial import SPATIAL_ARCHS, arithmetic_keep_rates, make_spatial_dynamic, map_published, split_outputs
+from models import Teacher, spatial
+from models.spatial import SPATIAL_ARCHS, arithmetic_keep_rates, make_spatial_dynamic, map_published
 
 HERE = Path(__file__).parent
 FIXED_BUFFERS = ("relative_position_index", "attn_mask")  # in published files; timm computes them
@@ -47,17 +47,6 @@ def rebuild_weights(shapes: dict[str, list[int]], salt: str) -> dict[str, Tensor
             z = 0.1 * z
         weights[name] = torch.from_numpy(z.astype(np.float32))
     return weights
-
-
-class Teacher(nn.Module):
-    """What models.Teacher does, for the loss."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return split_outputs(self.backbone, self.backbone.forward_features(images))
 
 
 class Reference:

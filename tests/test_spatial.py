@@ -7,14 +7,13 @@ import pytest
 import timm
 import torch
 from conftest import DEVICES
-from test_reference_journal import Teacher
 from timm.models import SwinTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from flops import count_gflops
 from losses import DistillDiffPruningLoss, LabelLoss
-from models import spatial
+from models import Teacher, spatial
 from models.spatial import SPATIAL_ARCHS, arithmetic_keep_rates, make_spatial_dynamic, map_published, split_outputs
 from shapes import Shapes
 
