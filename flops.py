@@ -37,10 +37,11 @@ def dense_and_dynamic_gflops(model: nn.Module) -> dict[str, float]:
     return gflops if model.spec.dense else gflops | {"dynamic": count_gflops(model, model.spec.img_size)}
 
 
-def solve_keep_rates(spec: ModelSpec, gflops: float, lowest: float) -> tuple[float, ...]:
+def solve_keep_rates(spec: ModelSpec, gflops: float, lowest: float, fewest: float = 0.0) -> tuple[float, ...]:
     """Rates of a spec's stages, each keeping the same share of its tokens, at which it costs at most so many GFLOPs.
 
-    lowest: where the search begins; that share is returned if even it costs more.
+    lowest: where the search begins; that share is returned if even it costs more. fewest: the share of all
+    tokens that is kept in any case.
     """
     num_stages = len(spec.pruning_loc)
     with torch.device("meta"):
@@ -48,9 +49,9 @@ def solve_keep_rates(spec: ModelSpec, gflops: float, lowest: float) -> tuple[flo
     low, high = lowest, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        model.set_keep_rates(geometric_keep_rates(middle, num_stages))
+        model.set_keep_rates(geometric_keep_rates(middle, num_stages, fewest))
         low, high = (middle, high) if count_gflops(model, model.spec.img_size) <= gflops else (low, middle)
-    return geometric_keep_rates(low, num_stages)
+    return geometric_keep_rates(low, num_stages, fewest)
 
 
 def gflops_of(run: Callable[[], object]) -> float:

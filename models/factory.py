@@ -222,6 +222,6 @@ def default_keep_rates(backbone: nn.Module, base_rate: float, num_stages: int) -
     return rates(base_rate, num_stages)
 
 
-def geometric_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:
-    """base_rate, base_rate^2, ... (paper, section 4.1)."""
-    return tuple(base_rate ** (stage + 1) for stage in range(num_stages))
+def geometric_keep_rates(base_rate: float, num_stages: int, fewest: float = 0.0) -> tuple[float, ...]:
+    """base_rate, base_rate^2, ... (paper, section 4.1), but no stage keeps less than the share fewest."""
+    return tuple(max(fewest, base_rate ** (stage + 1)) for stage in range(num_stages))

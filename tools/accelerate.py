@@ -3,7 +3,7 @@
     python -m tools.accelerate vit_small_patch16_224.augreg_in21k_ft_in1k --images photos/ --output fast/
 
 Between its blocks, patches that the model pays little attention to are merged with those most similar to
-them (--scorer attention --reducer merge of main_dynamic_vit.py). Then the model learns to answer as it did
+them (--scorer attention --reducer merge, as in main_dynamic_vit.py). Then the model learns to answer as it did
 before, from its own dense answers. A fifth of the images is never trained on: fast/report.html tells how
 much has changed on these. To use the model: models.from_pretrained("fast").
 """
@@ -66,10 +66,10 @@ from utils import log
 
 NUM_STAGES = 9
 FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much
+LOWEST_RATE = 0.5  # of its tokens that a stage keeps
 MIN_IMAGES = 50  # to fine-tune with
 MAX_HELD_BACK, MAX_TRAINING = 500, 10_000  # images; more take time and tell little more
 HELD_BACK_IN = 5  # one in so many images
-BISECTIONS = 12
 TRIAL_STEPS = 8  # from which the time of a step is known
 REPORT, PAGE, TRAINING = "report.json", "report.html", "training"  # in the output folder
 RECIPE, SAVE_FREQ = "label-free", "1m"
@@ -86,6 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", help="a file with the dense model's weights (default: the published ones)")
     add("--input-size", type=number(int, POSITIVE), help="pixels (default: the model's own)")
     add("--speedup", type=number(float, POSITIVE), default=1.6, help="how many times fewer multiply-adds to make")
+    add(
+        "--scorer",
+        choices=("attention", "distinct"),
+        default="attention",
+        help="what says which patches stay; distinct changes answers less at the same multiply-adds, but costs time",
+    )
     add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="by hand: blocks before which tokens merge")
     add("--base-rate", type=number(float, KEEP_RATE), help="by hand: share of its tokens that each stage keeps")
     add("--keep-rates", type=number(float, KEEP_RATE), nargs="+", help="by hand: shares of all tokens, by stage")
@@ -106,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
     utils.set_seed(args.seed)
     content = read_checkpoint(args.weights) if args.weights else None
     spec = describe(args.model, content, args.input_size)
-    spec = choose_stages(spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
+    spec = choose_stages(spec, args.scorer, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
     training, held_back = split(args.images, spec.num_classes)
     weights = dense_weights(spec, content)
     settings = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
@@ -172,6 +178,7 @@ def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> StateDict:
 
 def choose_stages(
     dense: ModelSpec,
+    scorer: str,
     speedup: float,
     pruning_loc: Sequence[int] | None,
     base_rate: float | None,
@@ -191,7 +198,7 @@ def choose_stages(
     first = max(1, depth // 4)
     count = min(NUM_STAGES, depth - first)
     spread = tuple(first + stage * (depth - first) // count for stage in range(count))
-    spec = replace(dense, dense=False, scorer="attention", reducer="merge", pruning_loc=tuple(pruning_loc or spread))
+    spec = replace(dense, dense=False, scorer=scorer, reducer="merge", pruning_loc=tuple(pruning_loc or spread))
     if keep_rates is not None:
         return replace(spec, keep_rates=tuple(keep_rates))
     if base_rate is not None:
@@ -200,19 +207,17 @@ def choose_stages(
 
 
 def keep_rates_for(spec: ModelSpec, speedup: float) -> tuple[float, ...]:
-    """The constant rate that makes the model so many times cheaper than its dense backbone."""
-    num_stages = len(spec.pruning_loc)
-    lowest = FEWEST_TOKENS ** (1 / max(num_stages, 1))
+    """The constant rate, down to FEWEST_TOKENS, that makes the model so many times cheaper than its dense backbone."""
+    lowest = geometric_keep_rates(LOWEST_RATE, len(spec.pruning_loc), FEWEST_TOKENS)
     with torch.device("meta"):
-        shortest = build_model(replace(spec, keep_rates=geometric_keep_rates(lowest, num_stages)))
-    gflops = dense_and_dynamic_gflops(shortest)
+        gflops = dense_and_dynamic_gflops(build_model(replace(spec, keep_rates=lowest)))
     largest = math.floor(100 * gflops["dense"] / gflops["dynamic"]) / 100
     if not 1 < speedup <= largest:
         raise UserError(
             f"--speedup must be above 1 and at most {largest:.3g} for {spec.arch}, got {speedup:g}; "
-            f"more would leave less than {FEWEST_TOKENS:.0%} of its tokens (by hand: --pruning-loc and --base-rate)"
+            "more would take over half of the tokens at every stage (by hand: --pruning-loc and --base-rate)"
         )
-    return solve_keep_rates(spec, gflops["dense"] / speedup, lowest)
+    return solve_keep_rates(spec, gflops["dense"] / speedup, LOWEST_RATE, FEWEST_TOKENS)
 
 
 def split(folder: Path, num_classes: int) -> tuple[ImageFiles, ImageFiles]:
