@@ -2,8 +2,8 @@
 
     python -m tools.accelerate vit_small_patch16_224.augreg_in21k_ft_in1k --images photos/ --output fast/
 
-Between its blocks, patches that the model pays little attention to are merged with those most similar to
-them (--scorer attention --reducer merge, as in main_dynamic_vit.py). Then the model learns to answer as it did
+Between its blocks, patches that tell little or resemble a more important one are merged with those most similar
+to them (--scorer distinct --reducer merge, as in main_dynamic_vit.py). Then the model learns to answer as it did
 before, from its own dense answers. A fifth of the images is never trained on: fast/report.html tells how
 much has changed on these. To use the model: models.from_pretrained("fast").
 """
@@ -64,7 +64,6 @@ from signals import Stopped, StopSignal
 from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
 from utils import log
 
-NUM_STAGES = 9
 FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much
 LOWEST_RATE = 0.5  # of its tokens that a stage keeps
 MIN_IMAGES = 50  # to fine-tune with
@@ -86,12 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", help="a file with the dense model's weights (default: the published ones)")
     add("--input-size", type=number(int, POSITIVE), help="pixels (default: the model's own)")
     add("--speedup", type=number(float, POSITIVE), default=1.6, help="how many times fewer multiply-adds to make")
-    add(
-        "--scorer",
-        choices=("attention", "distinct"),
-        default="attention",
-        help="what says which patches stay; distinct changes answers less at the same multiply-adds, but costs time",
-    )
     add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="by hand: blocks before which tokens merge")
     add("--base-rate", type=number(float, KEEP_RATE), help="by hand: share of its tokens that each stage keeps")
     add("--keep-rates", type=number(float, KEEP_RATE), nargs="+", help="by hand: shares of all tokens, by stage")
@@ -112,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     utils.set_seed(args.seed)
     content = read_checkpoint(args.weights) if args.weights else None
     spec = describe(args.model, content, args.input_size)
-    spec = choose_stages(spec, args.scorer, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
+    spec = choose_stages(spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
     training, held_back = split(args.images, spec.num_classes)
     weights = dense_weights(spec, content)
     settings = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
@@ -178,7 +171,6 @@ def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> StateDict:
 
 def choose_stages(
     dense: ModelSpec,
-    scorer: str,
     speedup: float,
     pruning_loc: Sequence[int] | None,
     base_rate: float | None,
@@ -186,7 +178,7 @@ def choose_stages(
 ) -> ModelSpec:
     """Where tokens merge and how many stay: as given by hand, else for a speed-up in multiply-adds.
 
-    Stages are spread evenly over the blocks from a quarter of the depth on (before that class attention
+    Stages come before every second block from a quarter of the depth on (before that class attention
     says little), and each keeps the same share of its tokens. Raises UserError for a speed-up that
     would leave too few tokens.
     """
@@ -195,10 +187,8 @@ def choose_stages(
     dense, depth = model.spec, len(getattr(model, "blocks", ()))
     if depth < 2:
         raise UserError(f"{dense.arch} has no transformer blocks to merge tokens between; give a vision transformer")
-    first = max(1, depth // 4)
-    count = min(NUM_STAGES, depth - first)
-    spread = tuple(first + stage * (depth - first) // count for stage in range(count))
-    spec = replace(dense, dense=False, scorer=scorer, reducer="merge", pruning_loc=tuple(pruning_loc or spread))
+    stages = tuple(pruning_loc or range(max(1, depth // 4), depth, 2))
+    spec = replace(dense, dense=False, scorer="distinct", reducer="merge", pruning_loc=stages)
     if keep_rates is not None:
         return replace(spec, keep_rates=tuple(keep_rates))
     if base_rate is not None:
