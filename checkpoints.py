@@ -62,7 +62,7 @@ class RunState:
         known = {f.name for f in fields(Progress)}
         needed = {f.name for f in fields(cls)} - {"progress", "spec"} | {"epoch", "images", "history"}
         missing = sorted(needed - set(content))
-        if missing == sorted(needed - {"model"}) or "optimizer" in missing:
+        if "optimizer" in missing:
             raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
         if missing or (content["epoch"] > 0 and not content["history"]) or not content["sums"]:
             lack = ", ".join(missing) or ("history" if content["sums"] else "sums")
@@ -220,7 +220,7 @@ def read_and_check(place: Place, path: Path, changes: Changes) -> dict[str, Any]
         changed = changes(content)
         if changed:
             raise UserError(
-                f"{place.output_dir} holds a run of other arguments ({', '.join(changed)}); "
+                f"{place.output_dir} holds a run with different arguments ({', '.join(changed)}); "
                 f"choose another --output-dir, or go on from it with --resume {path}"
             )
     return content

@@ -47,7 +47,6 @@ class DataOptions:
     data_set: str = "IMNET"
     data_path: str = ""
     num_classes: int | None = None
-    skip_bad_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,6 @@ def seed_cpu(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
-
-
-def build_dataset(
-    train: bool, options: DataOptions, transform: Transform, size: Size, labelled: bool = True
-) -> AugmentedDataset:
-    """The training or validation set; its `source.classes` names the classes in order. Parameters as build_source."""
-    return AugmentedDataset(build_source(train, options, size, labelled), transform, train, options.skip_bad_images)
 
 
 def build_source(train: bool, options: DataOptions, size: Size, labelled: bool = True) -> Dataset:

@@ -65,7 +65,8 @@ def accumulate_gradients(trainer: Trainer, images: Tensor, labels: Tensor, last:
     images = trainer.batch_transform(images)
     labels = labels.to(trainer.device, non_blocking=True)
     if trainer.mixup is not None:
-        images, labels = trainer.mixup(images, labels)
+        # an image without a label has IGNORED_LABEL, which is never looked at but cannot be mixed
+        images, labels = trainer.mixup(images, labels.clamp(0, trainer.mixup.num_classes - 1))
     exchange_later = isinstance(trainer.model, DistributedDataParallel) and not last
     with trainer.model.no_sync() if exchange_later else nullcontext():
         with autocast(trainer.device, trainer.amp_dtype):
@@ -143,8 +144,7 @@ def evaluate(
             dense_logits = None if dense is None else dense(images).float()
         totals += batch_sums(logits, labels, dense_logits)
     sums = dict(zip(SUMS, (sum_over_processes(totals) if sharded else totals).tolist(), strict=True))
-    embeddings = dense is not None and gives_embeddings(dense.spec)
-    return means_over_images(sums, with_dense=dense is not None, embeddings=embeddings)
+    return means_over_images(sums, with_dense=dense is not None, embeddings=gives_embeddings(model.spec))
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -174,8 +174,11 @@ def batch_sums(logits: Tensor, labels: Tensor, dense_logits: Tensor | None) -> T
 
 def means_over_images(sums: dict[str, float], with_dense: bool, embeddings: bool) -> dict[str, float]:
     labelled, images = sums["labelled"], sums["images"]
-    if images == 0 or (labelled == 0 and not with_dense):
+    if images == 0:
         raise UserError("there is no image to validate on")
+    if not with_dense and (labelled == 0 or embeddings):
+        why = "the model gives embeddings" if embeddings else "no image to validate on has a label"
+        raise UserError(f"{why}: to compare with the dense model, add --pretrained FILE")
     stats = {}
     if labelled > 0 and not embeddings:
         stats = {"loss": sums["loss"] / labelled, "top1": 100 * sums["top1"] / labelled}

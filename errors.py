@@ -68,5 +68,5 @@ def print_error(error: Exception) -> None:
     if not is_main_process() and not isinstance(error, LocalError):
         time.sleep(5)  # if rank 0 met the same, the launcher now ends this process
     # a loader process's error comes with its traceback before it
-    message = str(error).splitlines()[-1].removeprefix("errors.ImageError: ")
+    message = (str(error).splitlines() or [type(error).__name__])[-1].removeprefix("errors.ImageError: ")
     print(f"error: {message}", file=sys.stderr, flush=True)

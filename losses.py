@@ -96,6 +96,8 @@ class DistillDiffPruningLoss(DiffPruningLoss):
     (LV-ViT: auxiliary logits).
     distill_weight: of both together. token_weight: of the tokens beside the logits, 0 for none.
     embeddings: the model has no classifier, and what it gives is compared by cosine, not by KL divergence.
+    combine: makes the prediction of (logits, tokens), as predict does. It is what is compared where the tokens are
+    not (token_weight 0), as a part of LV-ViT's prediction would otherwise learn nothing.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         cls_weight: float = 1.0,
         token_weight: float = 1.0,
         embeddings: bool = False,
+        combine: Callable[[Tensor, Tensor], Tensor] = lambda logits, tokens: logits,
     ) -> None:
         super().__init__(base_criterion, keep_rates, ratio_weight, cls_weight=cls_weight)
         self.teacher = teacher
@@ -116,12 +119,15 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         self.mse_token = mse_token
         self.token_weight = token_weight
         self.embeddings = embeddings
+        self.combine = combine
 
     def forward(self, images: Tensor, outputs: Outputs, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """As DiffPruningLoss; the teacher sees the same images as the student."""
         loss, parts = super().forward(images, outputs, labels)
         logits, tokens, keep_mask, _ = outputs
         teacher_logits, teacher_tokens = self.teacher(images)
+        if self.token_weight == 0:
+            logits, teacher_logits = self.combine(logits, tokens), self.combine(teacher_logits, teacher_tokens)
         if self.embeddings:
             parts["cosine"] = difference = cosine_distance(logits, teacher_logits).mean()
         else:

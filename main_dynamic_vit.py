@@ -27,7 +27,8 @@ from engine import evaluate
 from errors import exit_status
 from flops import dense_and_dynamic_gflops
 from models import ModelSpec, Teacher, build_model, build_teacher, find_weights, load_weights, read_checkpoint
-from models.pretrained import StateDict, num_classes_of, read_dense_weights
+from models.factory import image_size
+from models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
 from recipe import build_trainer, pick_amp
 from run import Run, list_bad_images, log_model, print_summary, report_accuracy
 from signals import StopSignal
@@ -48,18 +49,18 @@ def main(args: Namespace) -> None:
     args = options.with_recipe(args, spec)
     weights = read_weights(args, spec, content, resumed=earlier is not None)
 
-    data = options.data_options(args, base.num_classes if base and not args.dense else None)
-    labelled = args.cls_weight > 0
-    names = ("validation",) if args.eval else ("training", "validation")
-    sources = {name: build_source(name == "training", data, spec.img_size or 224, labelled) for name in names}
-    trained = base.num_classes if earlier and base else None
-    if weights is not None and (args.eval or not args.dense):
-        trained = num_classes_of(weights)
-    num_classes = options.count_classes(args, known=len(sources["validation"].classes), trained=trained)
-    model = build_model(replace(spec, num_classes=num_classes), args.drop_path)
+    kept = find_weights(earlier) if earlier else weights if args.eval or not args.dense else None
+    trained = None if kept is None else num_classes_of(kept)  # None: a new classifier is to be trained
+    data = options.data_options(args, trained)
+    read = partial(build_source, options=data, size=image_size(spec), labelled=args.cls_weight > 0 and not args.eval)
+    sources = {"validation": read(False)} if args.eval else {"training": read(True), "validation": read(False)}
+    num_classes = options.count_classes(args, spec, len(sources["validation"].classes), trained)
+    class_names = None if spec.dense and not args.eval else spec.class_names
+    model = build_model(replace(spec, num_classes=num_classes, class_names=class_names), args.drop_path)
     spec = model.spec  # with nothing left open
     if weights is not None and earlier is None:
-        for note in load_weights(model, weights, new_head=spec.dense and not args.eval):
+        start = backbone_part(weights) if spec.dense else weights
+        for note in load_weights(model, start, new_head=spec.dense and not args.eval):
             log(note)
     teaches = weights is not None and not spec.dense and (args.distill or args.eval)
     teacher = build_teacher(spec, weights).to(device) if teaches else None
@@ -68,7 +69,7 @@ def main(args: Namespace) -> None:
     log_model(model, gflops)
     counts = " and ".join(f"{len(source)} {name}" for name, source in sources.items())
     log(f"{args.data_set} {args.data_path}: {counts} images, {spec.num_classes} classes")
-    precision = args.amp if args.amp != "auto" else str(pick_amp(args.amp, device) or "float32").removeprefix("torch.")
+    precision = str(pick_amp(args.amp, device) or "float32").removeprefix("torch.")
     log(f"{utils.get_world_size()} process(es) on {device.type}, {args.batch_size} images each, {precision}")
     if args.eval:
         evaluate_only(args, model, teacher, sources["validation"], device, earlier)
@@ -79,7 +80,7 @@ def main(args: Namespace) -> None:
 def read_weights(args: Namespace, spec: ModelSpec, content: dict[str, Any], resumed: bool) -> StateDict | None:
     """The dense model's; None where nobody needs them. content: of what is resumed, else --pretrained."""
     from_scratch = spec.dense and not args.pretrained and not args.eval
-    if from_scratch or (resumed and (args.eval or not args.distill)):
+    if from_scratch or (resumed and not (args.pretrained if args.eval else args.distill)):
         return None
     return find_weights(content) if content and not resumed else read_dense_weights(spec, args.pretrained)
 
@@ -97,7 +98,7 @@ def evaluate_only(
     transform = BatchTransform(device, model.spec.preprocessing.mean, model.spec.preprocessing.std)
     entries = {"evaluated": find_weights(checkpoint) if checkpoint else None}
     if checkpoint and checkpoint.get("model_ema"):
-        entries["moving average"] = find_weights({"model": checkpoint["model_ema"]})
+        entries["moving average"] = find_weights(checkpoint["model_ema"])
     for name, weights in entries.items():
         for note in load_weights(model, weights) if weights is not None else ():
             log(f"warning: {note}")
@@ -136,8 +137,7 @@ def train(
 def build_validation(args: Namespace, spec: ModelSpec, source: Dataset, device: torch.device) -> DataLoader:
     transform = eval_transform(spec.img_size, spec.preprocessing, args.data_set)
     val_set = AugmentedDataset(source, transform, train=False, skip_bad=args.skip_bad_images)
-    pinned = device.type == "cuda"
-    return build_val_loader(val_set, 2 * args.batch_size, args.num_workers, pinned, sharded=args.dist_eval)
+    return build_val_loader(val_set, 2 * args.batch_size, args.num_workers, device.type == "cuda", args.dist_eval)
 
 
 def command(argv: list[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from models import (
     ModelSpec,
     build_model,
     find_weights,
+    gives_embeddings,
     load_weights,
     looks_like_saved,
     read_checkpoint,
@@ -347,7 +348,9 @@ def model_spec(args: argparse.Namespace, base: ModelSpec | None, resumed: bool) 
     resumed: the checkpoint is that of the model itself, and not of a dense one that it starts from.
     """
     if resumed and base is not None and base.dense != args.dense and not args.eval:
-        raise UserError("the run to resume trained another kind of model; start from it with --pretrained")
+        raise UserError(
+            "the run to resume trained a different kind of model; pass its checkpoint as --pretrained instead"
+        )
     dense = args.dense or (args.eval and resumed and base is not None and base.dense)
     spec = with_flags(args, base or ModelSpec(), dense)
     if resumed and base is not None:
@@ -436,6 +439,8 @@ def changes(args: argparse.Namespace, content: dict[str, Any]) -> list[str]:
         for name, value in now.items()
         if name not in (*MODEL_FLAGS, *MAY_CHANGE) and name in earlier and not equal(earlier[name], value)
     ]
+    if args.base_rate is not None and args.keep_rates is None and earlier.get("keep_rates"):
+        different.append(f"--keep-rates {earlier['keep_rates']} -> --base-rate {args.base_rate}")
     return different + (base.differences(spec) if base else [])
 
 
@@ -456,8 +461,8 @@ def with_recipe(args: argparse.Namespace, spec: ModelSpec) -> argparse.Namespace
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.cls_weight == 0 and not args.distill and not args.eval and not args.dense:
-        raise UserError("--cls-weight 0 leaves nothing to learn from; add --distill")
+    if args.cls_weight == 0 and not args.distill and not args.eval:
+        raise UserError("--cls-weight 0 leaves nothing to learn from; use --distill (dynamic models only)")
     return args
 
 
@@ -489,11 +494,13 @@ def data_options(args: argparse.Namespace, num_classes: int | None) -> DataOptio
     return take(DataOptions, args, num_classes=args.num_classes or num_classes)
 
 
-def count_classes(args: argparse.Namespace, known: int, trained: int | None) -> int:
-    """Of the model. known: classes of the data, 0 without labels. trained: classes that its weights know, 0 where
-    they have no classifier and give embeddings, None where a new one is to be trained."""
-    if trained == 0:
-        return 0
+def count_classes(args: argparse.Namespace, spec: ModelSpec, known: int, trained: int | None) -> int:
+    """How many classes the model is to have. known: classes of the data, 0 without labels. trained: classes of its
+    weights, 0 where these have no classifier, None where a new one is to be trained."""
+    if trained is not None and gives_embeddings(replace(spec, num_classes=trained)):
+        if args.cls_weight > 0 and not args.eval:
+            raise UserError("the model gives embeddings, which labels say nothing of: use --cls-weight 0 --distill")
+        return trained
     wanted = args.num_classes or known or trained
     if wanted is None:
         raise UserError("the images have no labels, which a model without trained weights needs")

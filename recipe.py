@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from datasets import Augmentation, BatchTransform
 from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
 from models import Teacher, gives_embeddings
-from models.pretrained import NEW
+from models.pretrained import is_new
 from utils import get_world_size
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -216,7 +216,7 @@ def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
         switch_prob=recipe.mixup_switch_prob,
         mode=recipe.mixup_mode,
         label_smoothing=recipe.smoothing,
-        num_classes=num_classes,
+        num_classes=max(1, num_classes),  # 0 where the model gives embeddings, which have no labels
     )
 
 
@@ -236,6 +236,7 @@ def build_criterion(recipe: Recipe, model: nn.Module, teacher: Teacher | None, m
         cls_weight=recipe.cls_weight,
         token_weight=recipe.token_weight,
         embeddings=gives_embeddings(model.spec),
+        combine=model.combine,
     )
 
 
@@ -302,10 +303,6 @@ def param_groups(model: nn.Module, weight_decay: float, decay_new_biases: bool =
         for (name, decay), parameters in members.items()
         if parameters
     ]
-
-
-def is_new(name: str) -> bool:
-    return any(part in name for part in NEW)
 
 
 def learning_rates(recipe: Recipe, dense: bool, steps_per_epoch: int, epoch: float) -> dict[str, float]:

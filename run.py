@@ -64,7 +64,6 @@ class Run:
         self.model = unwrap(trainer.model)
         self.dense = teacher.vit if teacher is not None else None
         self.train_loader, self.val_loader = train_loader, val_loader
-        self.steps_per_epoch = options.steps_per_epoch
         self.save_clock = SaveClock(options.save_freq)
         self.sums = RunningMeans(trainer.device)
         self.progress = Progress()
@@ -80,7 +79,7 @@ class Run:
     @property
     def first_step(self) -> int:
         """Of the epoch, where an earlier run has begun it."""
-        return min(self.progress.images // self.options.step_images, self.steps_per_epoch)
+        return min(self.progress.images // self.options.step_images, self.options.steps_per_epoch)
 
     def note_data(self, **data_sets: Any) -> None:
         """Says what has changed since the checkpoint."""
@@ -93,12 +92,12 @@ class Run:
 
     def to_the_end(self) -> Record:
         """Trains, and returns the best epoch's record. Raises Stopped at a signal, with all saved."""
-        if self.dense is not None and self.progress.dense is None:
-            # beside itself, as without labels there is nothing else to compare it with
-            self.progress.dense = self.evaluate(self.dense, self.dense if self.options.compare_with_dense else None)
-            report_accuracy("dense teacher", self.progress.dense)
-        eta = Eta((self.options.epochs - self.progress.epoch) * self.steps_per_epoch - self.first_step)
         try:
+            if self.dense is not None and self.progress.dense is None:
+                # beside itself, as without labels there is nothing else to compare it with
+                self.progress.dense = self.evaluate(self.dense, self.dense if self.options.compare_with_dense else None)
+                report_accuracy("dense teacher", self.progress.dense)
+            eta = Eta((self.options.epochs - self.progress.epoch) * self.options.steps_per_epoch - self.first_step)
             while self.progress.epoch < self.options.epochs:
                 record, pace = self.train_epoch(eta)
                 record |= self.validate()
@@ -115,7 +114,7 @@ class Run:
 
     def train_epoch(self, eta: Eta) -> tuple[Record, float]:
         """Returns what log.txt says of the epoch's training, and the pace in images/s."""
-        epoch, steps = self.progress.epoch, range(self.first_step, self.steps_per_epoch)
+        epoch, steps = self.progress.epoch, range(self.first_step, self.options.steps_per_epoch)
         step_images = self.train_loader.batch_size * self.trainer.update_freq
         self.train_loader.sampler.set_epoch(epoch, start=steps.start * step_images)
         stats, pace = train_one_epoch(self.trainer, self.train_loader, epoch, steps, eta, self.sums, self.after_step)
@@ -126,7 +125,7 @@ class Run:
         """Saves and stops where that is asked for. Processes agree on it while the next step runs, so
         that none waits for the others."""
         self.progress.images = done * self.options.step_images
-        is_last = done == self.steps_per_epoch
+        is_last = done == self.options.steps_per_epoch
         stopping, saving = self.agreed_to_stop().tolist()
         asked = torch.tensor([self.stop.received, self.save_clock.is_due(done)], dtype=torch.uint8)
         self.agreed_to_stop = start_max_over_processes(asked)
@@ -135,11 +134,13 @@ class Run:
         if stopping or saving or is_last:
             self.save()
         if stopping:
-            self.raise_stopped(f"saved at epoch {self.progress.epoch}, step {done}")
+            self.raise_stopped(f"at epoch {self.progress.epoch}, step {done}")
 
     def raise_stopped(self, where: str) -> None:
-        if self.options.place.output_dir:
-            outcome = f"{where}; the same command resumes there"
+        if self.saved:
+            outcome = f"saved {where}; the same command resumes there"
+        elif self.options.place.output_dir:
+            outcome = "there is nothing to save yet; the same command starts again"
         else:
             outcome = "without --output-dir nothing is saved"
         raise Stopped(f"{self.stop.name or 'a signal'} received: {outcome}")
@@ -165,8 +166,7 @@ class Run:
         shortest = -max_over_processes(torch.tensor(-len(batches))).item()  # shards differ by an image
         for number, batch in enumerate(batches):
             if number < shortest and max_over_processes(torch.tensor(int(self.stop.received))):
-                self.output.close()
-                self.raise_stopped(f"saved before the validation of epoch {self.progress.epoch}")
+                self.raise_stopped(f"before the validation of epoch {self.progress.epoch}")
             yield batch
 
     def finish_epoch(self, record: Record, pace: float) -> None:
@@ -216,7 +216,9 @@ def restore(trainer: Trainer, state: RunState) -> RunningMeans:
     try:
         trainer.optimizer.load_state_dict(state.optimizer)
     except ValueError as error:
-        raise UserError("the run to resume trained another kind of model; start from it with --pretrained") from error
+        raise UserError(
+            "the run to resume trained a different kind of model; pass its checkpoint as --pretrained instead"
+        ) from error
     for group, decay in zip(trainer.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay  # as asked for now; the learning rates are set anew at every step
     load_weights(unwrap(trainer.model), state.model)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 from timm.models import ConvNeXt, get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -55,6 +56,7 @@ def create_model(
     keep_rates: Sequence[float] | None = None,
     scorer: str = "predictor",
     reducer: str = "drop",
+    merge_streams: bool = False,
     **sizes: Any,
 ) -> nn.Module:
     """Builds a dynamic model, or with dense=True its plain backbone.
@@ -63,7 +65,7 @@ def create_model(
     base_rate: stage s keeps base_rate ** s of the original patch tokens (s = 1, 2, ...), unless
     keep_rates names the shares one by one. num_classes, img_size (pixels) and sizes (embed_dim,
     depth, num_heads, mlp_ratio, patch_size; for Swin and ConvNeXt depths, window_size) default to the
-    architecture's own: 1000 classes and 224 pixels for those of the papers.
+    architecture's own: 1000 classes and 224 pixels for those of the papers. merge_streams: see make_dynamic.
     A dynamic model returns (logits, tokens, keep_mask, keep_decisions) in train mode and logits in
     eval mode, a dense one logits; Teacher makes a dense one return (logits, tokens).
     model.spec describes what was built. Raises ModelError, with a message for the user, if anything
@@ -71,16 +73,17 @@ def create_model(
     """
     return build_model(
         ModelSpec(
-            arch,
-            base_rate,
-            num_classes,
-            img_size,
-            dense,
-            {name: value for name, value in sizes.items() if value is not None},
-            None if pruning_loc is None else tuple(pruning_loc),
-            None if keep_rates is None else tuple(keep_rates),
-            scorer,
-            reducer,
+            arch=arch,
+            base_rate=base_rate,
+            num_classes=num_classes,
+            img_size=img_size,
+            dense=dense,
+            sizes={name: value for name, value in sizes.items() if value is not None},
+            pruning_loc=None if pruning_loc is None else tuple(pruning_loc),
+            keep_rates=None if keep_rates is None else tuple(keep_rates),
+            scorer=scorer,
+            reducer=reducer,
+            merge_streams=merge_streams,
         )
     )
 
@@ -174,6 +177,14 @@ def gives_embeddings(spec: ModelSpec) -> bool:
         return False
     config = get_pretrained_cfg(spec.arch)
     return config is not None and config.num_classes == spec.num_classes and "_ft_" not in f"_{config.tag}"
+
+
+def image_size(spec: ModelSpec) -> int | tuple[int, int]:
+    """Pixels of the images that the model takes: a side, or (height, width)."""
+    if spec.img_size is not None:
+        return spec.img_size
+    with torch.device("meta"):  # shapes alone
+        return build_model(spec).spec.img_size
 
 
 def one_side(size: Sequence[int]) -> int | tuple[int, int]:

@@ -25,6 +25,16 @@ HEADS = ("head", "aux_head", "head_dist", "head.fc")  # of all families
 NEW = ("score_predictor", "fast_path", "fastmlp")  # in the names of what a dynamic model adds to its backbone
 
 
+def is_new(name: str) -> bool:
+    """Whether a parameter of this name is none of the backbone's."""
+    return any(part in name for part in NEW)
+
+
+def backbone_part(weights: StateDict) -> StateDict:
+    """What a dynamic model's weights hold of its dense backbone's."""
+    return {name: value for name, value in weights.items() if not is_new(name)}
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """Everything that a .pth, .tar or .safetensors file or a saved model's folder holds, on the CPU.
 
@@ -103,7 +113,7 @@ def download_weights(arch: str) -> StateDict:
 
 
 def num_classes_of(weights: StateDict) -> int:
-    """That the classifier in a state dict knows; 0 where there is none."""
+    """Number of classes of the classifier in a state dict; 0 without one."""
     return next((len(weights[f"{head}.weight"]) for head in ("head", "head.fc") if f"{head}.weight" in weights), 0)
 
 
@@ -130,7 +140,7 @@ def load_weights(model: nn.Module, weights: StateDict, new_head: bool = False) -
         if dropped:
             notes.append(f"new head for {model.num_classes} classes ({', '.join(dropped)})")
     new = [name for name in target if name not in weights]
-    added = [name for name in target if any(part in name for part in NEW)]
+    added = [name for name in target if is_new(name)]
     untrained = bool(added) and all(name in new for name in added)
     missing = [n for n in new if n not in dropped and not (untrained and n in added)]
     unexpected = [name for name in weights if name not in target]

@@ -126,7 +126,7 @@ class SpatialSparsification:
         check_keep_rates(sorted(keep_rates, reverse=True), len(self.pruning_loc))  # they may grow here
         self.keep_rates = tuple(float(rate) for rate in keep_rates)
 
-    def forward(self, images: Tensor):
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """(B, 3, H, W) images -> in training (logits, features, keep_mask, keep_decisions), else logits.
 
         features: (B, L, C4), see split_outputs. keep_mask: (B, L) ones, as no location has left. keep_decisions:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import spatial
 from .factory import build_model
-from .pretrained import StateDict, load_weights
+from .pretrained import StateDict, backbone_part, load_weights
 from .pruning import choose_attention, find_adapter
 from .spec import ModelSpec
 
@@ -34,7 +34,7 @@ class Teacher(nn.Module):
 
 
 def build_teacher(spec: ModelSpec, weights: StateDict) -> Teacher:
-    """A model's dense self with trained weights."""
+    """A model's dense self with trained weights; a dynamic model's will do."""
     dense = build_model(spec.as_dense())
-    load_weights(dense, weights)
+    load_weights(dense, backbone_part(weights))
     return Teacher(dense)

@@ -432,6 +432,50 @@ def test_evaluation_without_a_run(dense_run: Path, image_folder: Path, capfd: py
     assert "attention + merge before blocks 1, 2" in out and "agreement with dense" in out and "on 7 images" in out
 
 
+def succeeds(args: list[str]) -> None:
+    assert exit_status(lambda: command(args)) == 0
+
+
+def test_unlabelled_images(image_folder: Path, dense_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """They train by the published recipe too, mixup and all, and are evaluated by agreement."""
+    for part in ("train", "val"):
+        write_images(tmp_path / "flat" / part, 9)
+    flat = ["--data-path", str(tmp_path / "flat")]
+    weights = ["--pretrained", str(dense_run / "checkpoint_best.pth")]
+    run = ["--output-dir", str(tmp_path / "run")]
+    succeeds([*TINY_RUN, *PRUNING, *flat, *weights, *run, "--distill", "--cls-weight", "0", "--mixup", "0.8"])
+    evaluation = ["--eval", "--resume", str(tmp_path / "run"), *flat, "--device", "cpu", "--num-workers", "0"]
+    capfd.readouterr()
+    succeeds([*evaluation, *weights])
+    assert "agreement with dense" in capfd.readouterr().out
+    assert exit_status(lambda: command(evaluation)) == 2
+    assert "add --pretrained" in capfd.readouterr().err
+
+
+def test_dynamic_weights_to_start_from(dynamic_run: Path, image_folder: Path, capfd: pytest.CaptureFixture) -> None:
+    """They start a dense model and a dynamic one, predictors included; their backbone is the teacher."""
+    weights = ["--pretrained", str(dynamic_run / "checkpoint_best.pth"), "--data-path", str(image_folder)]
+    succeeds([*TINY_RUN, *PRUNING, *weights, "--epochs", "1", "--distill"])
+    out = capfd.readouterr().out
+    assert "dense teacher" in out and "untrained" not in out
+    succeeds([*TINY_RUN, *weights, "--epochs", "1", "--dense"])
+
+
+def test_keep_rates_that_are_taken_back(refused, dense_run: Path, image_folder: Path, tmp_path: Path) -> None:
+    args = [*distill(image_folder, dense_run), "--output-dir", str(tmp_path)]
+    succeeds([*args, "--epochs", "1", "--keep-rates", "0.8", "0.6", "0.5"])
+    refused([*args, "--epochs", "1", "--base-rate", "0.7"], "different arguments", "--base-rate 0.7")
+
+
+def test_embeddings_have_no_labels(refused, dense_run: Path, image_folder: Path, tmp_path: Path) -> None:
+    content = read_checkpoint(dense_run / "checkpoint_best.pth")
+    weights = {name: value for name, value in content["model"].items() if not name.startswith("head.")}
+    torch.save({"model": weights}, tmp_path / "headless.pth")
+    args = [*TINY_RUN, *PRUNING, "--pretrained", tmp_path / "headless.pth", "--data-path", image_folder, "--distill"]
+    refused(args, "gives embeddings", "--cls-weight 0")
+    succeeds([*map(str, args), "--cls-weight", "0", "--epochs", "1"])
+
+
 @pytest.mark.parametrize("arch", ["swin_t", "convnext_t"])
 def test_journal_models_train(arch: str, tmp_path: Path) -> None:
     """Dense, dynamic with a teacher in two processes, evaluated from the checkpoint alone."""

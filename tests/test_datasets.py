@@ -26,7 +26,6 @@ from datasets import (
     AugmentedDataset,
     BatchTransform,
     DataOptions,
-    build_dataset,
     build_source,
     build_train_loader,
     build_val_loader,
@@ -47,9 +46,12 @@ IMAGENET = Preprocessing()
 AS_IS = Augmentation(color_jitter=0, aa="none", reprob=0, scale=(1, 1))  # of square images: flips alone
 
 
-def build(train: bool, path: Path, data_set: str = "IMNET", labelled: bool = True, **options) -> AugmentedDataset:
+def build(
+    train: bool, path: Path, data_set: str = "IMNET", labelled: bool = True, skip_bad: bool = False, **options
+) -> AugmentedDataset:
     transform = train_transform(32, Augmentation(), data_set) if train else eval_transform(32, IMAGENET, data_set)
-    return build_dataset(train, DataOptions(data_set, str(path), **options), transform, 32, labelled)
+    source = build_source(train, DataOptions(data_set, str(path), **options), 32, labelled)
+    return AugmentedDataset(source, transform, train, skip_bad)
 
 
 def write_files(root: Path, *names: str) -> None:
@@ -121,7 +123,7 @@ def with_bad_images(root: Path, train: bool) -> tuple[AugmentedDataset, list[str
     bad = [root / part / "a" / "1.jpg", root / part / "a" / "2.jpg", root / part / "b" / "0.jpg"]
     for path, content in zip(bad, (b"", b"text", bad[2].read_bytes()[:300]), strict=True):
         path.write_bytes(content)
-    return build(train, root, skip_bad_images=True), [str(path) for path in bad]
+    return build(train, root, skip_bad=True), [str(path) for path in bad]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

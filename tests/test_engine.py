@@ -24,7 +24,7 @@ from datasets import IGNORED_LABEL, BatchTransform
 from engine import MAX_BAD_STEPS, Diverged, RunningMeans, evaluate, train_one_epoch, update_weights
 from errors import UserError
 from losses import DistillDiffPruningLoss, LabelLoss
-from models import Teacher, create_model
+from models import ModelSpec, Teacher, create_model
 from recipe import Trainer, build_scaler
 
 CPU = torch.device("cpu")
@@ -91,6 +91,7 @@ class Ranking(nn.Module):
     def __init__(self, num_classes: int, wrong: int = 0) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.spec = ModelSpec(num_classes=num_classes)
         self.register_buffer("wrong", torch.tensor(wrong))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -138,6 +139,7 @@ def test_evaluation_leaves_ignored_labels_out() -> None:
 def test_evaluation_is_of_the_eval_mode_and_learns_nothing() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Dropout(0.5)).train()
+    model.spec = ModelSpec(num_classes=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     evaluate(model, vector_batches(2, 4), nn.Identity(), CPU, None, sharded=False)
     assert not model.training

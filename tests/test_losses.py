@@ -171,3 +171,13 @@ def test_gradient_reaches_every_output() -> None:
     expected[0, 1] = 0.5
     torch.testing.assert_close(tokens.grad, expected)
     assert all(policy.grad.abs().sum() > 0 for policy in decisions)
+
+
+def test_without_a_token_loss_the_whole_prediction_is_compared() -> None:
+    """LV-ViT's takes in its tokens: head + max of tokens / 2. Here that turns the student's into the teacher's."""
+    tokens = 2 * (TEACHER_LOGITS - STUDENT_LOGITS)[:, None]
+    loss, parts = distil(
+        tokens, torch.zeros_like(tokens), torch.ones(2, 1), token_weight=0, cls_weight=0, combine=combine_heads
+    )
+    assert parts["cls_kl"].item() == pytest.approx(0, abs=1e-6) and "token" not in parts
+    assert loss.item() == pytest.approx(2 / 2 * RATIO)  # ratio weight over stages

@@ -56,7 +56,7 @@ from models import (
     read_checkpoint,
     save_pretrained,
 )
-from models.pretrained import NEW, StateDict, num_classes_of, read_dense_weights
+from models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer
 from run import Run, RunOptions, log_model
@@ -165,8 +165,7 @@ def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> StateDict:
             return read_dense_weights(spec, None)
         except CheckpointError as error:  # it speaks of another command's flag
             raise CheckpointError(str(error).replace("--pretrained", "--weights")) from error
-    weights = find_weights(content)
-    return {name: value for name, value in weights.items() if not any(part in name for part in NEW)}
+    return backbone_part(find_weights(content))
 
 
 def choose_stages(
