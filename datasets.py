@@ -33,6 +33,7 @@ DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
 NATIVE_SIZE = {"CIFAR": (32, 32), "CIFAR10": (32, 32)}
 IGNORED_LABEL = -100  # of an image that does not count, or has no label; torch's own default for this
 MAX_BAD_IMAGES = 100  # in a row; more of them look like a disk that is gone
+IMAGENET_CLASSES = 1000
 NUM_SIZES = 1000  # files whose sizes are part of the fingerprint: asking for a million takes minutes
 WORKERS_PER_CORE = 16
 
@@ -172,11 +173,18 @@ def find_source(train: bool, options: DataOptions, size: Size, labelled: bool) -
     raise UserError(f"unknown --data-set {options.data_set}; known: {', '.join(DATA_SETS)}")
 
 
+def classes_fit(spec: ModelSpec, classes: Sequence[str]) -> bool:
+    """Whether the images' classes are the model's, so that accuracy means something."""
+    if len(classes) == 0 or set(classes) <= {"train", "val", "test"}:  # a data set's parts, taken as a whole
+        return False
+    return len(classes) == spec.num_classes and list(spec.class_names or classes) == list(classes)
+
+
 def class_names(spec: ModelSpec, classes: Sequence[str] = ()) -> Sequence[str]:
     """A model's own names of its classes, ImageNet's for 1000, the data's if they are as many, or numbers."""
     if spec.class_names is not None:
         return spec.class_names
-    if spec.num_classes == 1000:
+    if spec.num_classes == IMAGENET_CLASSES:
         return [name.split(",")[0] for name in ImageNetInfo("imagenet-1k").label_descriptions()]
     return classes if len(classes) == spec.num_classes else [f"class {i}" for i in range(spec.num_classes)]
 
@@ -243,7 +251,7 @@ def read_folder(
     found = class_folders(folder)
     if not labelled and (beside or not found):
         if found:
-            log(f"warning: images lie beside the folders in {folder}, which are then no classes: nothing has a label")
+            log(f"warning: {folder} holds images beside its folders, so these are no classes, and no image has a label")
         return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder)
     if not found:
         raise UserError(f"no class folders in {folder}; images belong in {folder}/<class>/")

@@ -60,8 +60,9 @@ def open_image(path: str | Path) -> Image.Image:
             with Image.open(path) as image:
                 return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = str(error).splitlines()[0].replace(f" {str(path)!r}", "")
-        raise ImageError(f"cannot read image {path} ({reason}); replace or remove it") from error
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].replace(f" {str(path)!r}", "")
+        advice = "; replace or remove it" if os.path.isfile(path) else ""
+        raise ImageError(f"cannot read image {path} ({reason}){advice}") from error
 
 
 def list_images(folder: str | Path) -> list[str]:

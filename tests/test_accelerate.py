@@ -23,6 +23,7 @@ from recipe import RECIPES
 from tools import accelerate, accelerate_report
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+TWO_CLASSES = models.ModelSpec(num_classes=2)
 QUICK = "--speedup 1.3 --num-workers 0 --device cpu --batch-size 8".split()
 
 
@@ -179,9 +180,9 @@ def test_held_back_images_are_never_trained_on(
 
 def test_split_follows_from_names_alone(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "moved")
-    before = accelerate.split(photos, 2)
+    before = accelerate.split(photos, TWO_CLASSES)
     write_images(tmp_path / "moved" / "foxes", 20)
-    after = accelerate.split(tmp_path / "moved", 2)
+    after = accelerate.split(tmp_path / "moved", TWO_CLASSES)
     for images, more in zip(before, after, strict=True):
         names, more_names = ({Path(path).relative_to(i.root) for path, _ in i.samples()} for i in (images, more))
         assert names < more_names
@@ -245,6 +246,18 @@ def one_line_error(capsys: pytest.CaptureFixture) -> str:
     return lines[0]
 
 
+def test_parts_of_a_data_set_are_no_classes(photos: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(photos / "cats", tmp_path / part)
+    assert all(images.classes == [] for images in accelerate.split(tmp_path, TWO_CLASSES))
+
+
+def test_many_images_held_back_mean_few_validations() -> None:
+    """A validation of 3 times 40 s, in a quarter of 10 minutes: one epoch, and 480 s for steps of half a second."""
+    tuning = SimpleNamespace(recipe=SimpleNamespace(epochs=10), seconds_a_step=lambda: 0.5)
+    assert accelerate.FineTuning.schedule(tuning, steps=None, minutes=10, seconds=40.0) == (1, 960)
+
+
 def test_few_images_are_merged_without_training(weights: Path, tmp_path: Path, capsys) -> None:
     write_images(tmp_path / "few", 12)
     assert run(weights, tmp_path / "few", tmp_path / "fast", "--steps", "2") == 0
@@ -254,9 +267,10 @@ def test_few_images_are_merged_without_training(weights: Path, tmp_path: Path, c
 
 def test_files_that_are_no_images_do_not_count(weights: Path, photos: Path, tmp_path: Path, capsys) -> None:
     folder = shutil.copytree(photos, tmp_path / "photos")
-    (folder / "cats" / "broken.jpg").write_bytes(b"no image")
-    assert sum(map(len, accelerate.split(folder, 2))) == 60
-    assert "1 file(s)" in capsys.readouterr().out
+    for number in range(12):  # held back or not, by their names
+        (folder / "cats" / f"broken{number}.jpg").write_bytes(b"no image")
+    assert sum(map(len, accelerate.split(folder, TWO_CLASSES))) == 60
+    assert "12 file(s)" in capsys.readouterr().out
 
 
 def test_no_image_is_one_line(weights: Path, tmp_path: Path, capsys) -> None:

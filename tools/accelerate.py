@@ -32,18 +32,20 @@ import utils
 from checkpoints import BEST, Place, RunState, read_run, spec_of, temporary_path
 from datasets import (
     IGNORED_LABEL,
+    IMAGENET_CLASSES,
     AugmentedDataset,
     BatchTransform,
     build_train_loader,
     build_val_loader,
+    classes_fit,
     eval_transform,
     read_folder,
     train_transform,
 )
 from engine import accumulate_gradients, copy_statistics, update_weights
-from errors import UserError, exit_status
+from errors import ImageError, UserError, exit_status
 from flops import dense_and_dynamic_gflops, solve_keep_rates
-from image_files import ImageFiles
+from image_files import ImageFiles, open_image
 from models import (
     CheckpointError,
     ModelSpec,
@@ -59,7 +61,7 @@ from models import (
 from models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer
-from run import Run, RunOptions, log_model
+from run import Run, RunOptions, list_bad_images, log_model
 from signals import Stopped, StopSignal
 from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
 from utils import log
@@ -68,7 +70,9 @@ FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) 
 LOWEST_RATE = 0.5  # of its tokens that a stage keeps
 MIN_IMAGES = 50  # to fine-tune with
 MAX_HELD_BACK, MAX_TRAINING = 500, 10_000  # images; more take time and tell little more
-HELD_BACK_IN = 5  # one in so many images
+HELD_BACK_IN = 5  # one image in this many
+VALIDATION_COST = 3  # times asking the faster model alone, as the dense one is asked too
+VALIDATION_SHARE = 0.25  # of the minutes, at most: with many images held back there are fewer epochs
 TRIAL_STEPS = 8  # from which the time of a step is known
 REPORT, PAGE, TRAINING = "report.json", "report.html", "training"  # in the output folder
 RECIPE, SAVE_FREQ = "label-free", "1m"
@@ -80,16 +84,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="accelerate", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("model", help="one of timm's names, or of ours (deit_small, ...)")
-    add("--images", type=Path, required=True, help="a folder; class folders in it serve the report alone")
+    add("--images", type=Path, required=True, help="a folder; class folders in it are used only for the report")
     add("--output", type=Path, required=True, help="a new folder for the model and the report")
     add("--weights", help="a file with the dense model's weights (default: the published ones)")
     add("--input-size", type=number(int, POSITIVE), help="pixels (default: the model's own)")
-    add("--speedup", type=number(float, POSITIVE), default=1.6, help="how many times fewer multiply-adds to make")
+    add("--speedup", type=number(float, POSITIVE), default=1.6, help="how many times fewer multiply-adds to aim for")
     add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="by hand: blocks before which tokens merge")
     add("--base-rate", type=number(float, KEEP_RATE), help="by hand: share of its tokens that each stage keeps")
     add("--keep-rates", type=number(float, KEEP_RATE), nargs="+", help="by hand: shares of all tokens, by stage")
-    add("--minutes", type=number(float, NOT_NEGATIVE), default=5.0, help="of fine-tuning, about; 0: none")
-    add("--steps", type=number(int, NOT_NEGATIVE), help="so many instead, rounded up to tens: exactly repeatable")
+    add("--minutes", type=number(float, NOT_NEGATIVE), default=5.0, help="approximately, of fine-tuning; 0 for none")
+    add(
+        "--steps", type=number(int, NOT_NEGATIVE), help="of fine-tuning instead, rounded up to tens: exactly repeatable"
+    )
     add("--batch-size", type=number(int, POSITIVE), default=16)
     add("--num-workers", type=number(int, NOT_NEGATIVE), default=min(4, os.cpu_count() or 1))
     add("--device", default="auto", help="auto, cuda or cpu")
@@ -106,15 +112,14 @@ def main(args: argparse.Namespace) -> None:
     content = read_checkpoint(args.weights) if args.weights else None
     spec = describe(args.model, content, args.input_size)
     spec = choose_stages(spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
-    training, held_back = split(args.images, spec.num_classes)
+    training, held_back = split(args.images, spec)
     weights = dense_weights(spec, content)
     settings = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
-    notes = claim(args.output, settings)
-
     fast = build_model(spec)
     load_weights(fast, weights)
     fast.to(device)
     teacher = build_teacher(fast.spec, weights).to(device)
+    notes = claim(args.output, settings)  # now that nothing in the command is wrong
     gflops = dense_and_dynamic_gflops(fast)
     log_model(fast, gflops)
     log(f"{args.images}: {len(training)} images to train on, {len(held_back)} held back to measure on")
@@ -139,12 +144,13 @@ def main(args: argparse.Namespace) -> None:
         except Stopped as error:
             stopped = error
         comparison.history = run.progress.history
+        list_bad_images(run.progress.bad_images)
         keep_better(fast, weights, args.output / TRAINING / BEST, comparison, loader)
     finish(args.output, fast, teacher.vit, comparison, notes, stopped)
 
 
 def describe(name: str, content: dict[str, Any] | None, input_size: int | None) -> ModelSpec:
-    """The dense model of this name, as the weights' file tells, if there is one and it does."""
+    """The dense model of this name, as described in the weights file if it has a description."""
     described = spec_of(content) if content else None
     spec = described if described is not None and described.arch == name else ModelSpec(name)
     num_classes = num_classes_of(find_weights(content)) if content else spec.num_classes
@@ -204,27 +210,27 @@ def keep_rates_for(spec: ModelSpec, speedup: float) -> tuple[float, ...]:
     if not 1 < speedup <= largest:
         raise UserError(
             f"--speedup must be above 1 and at most {largest:.3g} for {spec.arch}, got {speedup:g}; "
-            "more would take over half of the tokens at every stage (by hand: --pruning-loc and --base-rate)"
+            "beyond that too few tokens are left (by hand: --pruning-loc and --base-rate)"
         )
     return solve_keep_rates(spec, gflops["dense"] / speedup, LOWEST_RATE, FEWEST_TOKENS)
 
 
-def split(folder: Path, num_classes: int) -> tuple[ImageFiles, ImageFiles]:
+def split(folder: Path, spec: ModelSpec) -> tuple[ImageFiles, ImageFiles]:
     """The images to train on and those held back, told apart by their names, so that it is the same next time.
 
-    Labels are kept if there are as many class folders as the model has classes. Files that are no images are
+    Labels are kept if the class folders are the model's classes. Files that are no images are
     left out. Too few images to train with are all held back. Raises UserError if there is no image.
     """
     if not folder.is_dir():
         raise UserError(f"no folder of images: {folder}")
-    found = read_folder(folder, num_classes or None, labelled=False)
-    labelled = num_classes > 0 and len(found.classes) == num_classes
+    found = read_folder(folder, spec.num_classes or None, labelled=False)
+    labelled = classes_fit(spec, found.classes)
     chosen: dict[bool, list[tuple[str, int]]] = {False: [], True: []}
     unreadable = 0
     for path, label in sorted(found.samples(), key=lambda sample: name_hash(sample[0], folder)):
         held_back = name_hash(path, folder) % HELD_BACK_IN == 0
         if len(chosen[held_back]) < (MAX_HELD_BACK if held_back else MAX_TRAINING):
-            if is_readable(path):
+            if is_readable(path, whole=held_back):
                 chosen[held_back].append((path, label if labelled else IGNORED_LABEL))
             else:
                 unreadable += 1
@@ -235,8 +241,8 @@ def split(folder: Path, num_classes: int) -> tuple[ImageFiles, ImageFiles]:
         raise UserError(f"no image that can be read in {folder}")
     if usable < MIN_IMAGES or not chosen[True]:
         log(
-            f"warning: only {usable} usable images, and fine-tuning takes {MIN_IMAGES} at least: "
-            "the model is made faster without it, and how much its answers change is measured roughly"
+            f"warning: only {usable} usable images, and fine-tuning needs at least {MIN_IMAGES}: "
+            "the model is made faster without it, and the figures in the report are rough"
         )
         chosen = {False: [], True: chosen[False] + chosen[True]}
     classes = found.classes if labelled else ()
@@ -248,17 +254,20 @@ def name_hash(path: str, folder: Path) -> int:
     return int(hashlib.sha256(os.fsencode(os.path.relpath(path, folder))).hexdigest(), 16)
 
 
-def is_readable(path: str) -> bool:
-    """By its header alone, as reading thousands of images takes minutes."""
+def is_readable(path: str, whole: bool) -> bool:
+    """Whether it is an image; unless whole, by its header alone, as decoding thousands takes minutes."""
     try:
-        with Image.open(path):
-            return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        if whole:
+            open_image(path)
+        else:
+            Image.open(path).close()
+        return True
+    except (ImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
 def claim(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Makes the output folder, or takes up what this very command has begun there; returns its report so far."""
+    """Creates the output folder, or resumes what the same command began there; returns its report so far."""
     report = output / REPORT
     if report.is_file():
         earlier = read_json(report)
@@ -285,7 +294,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole at any moment."""
+    """Atomically."""
     temporary_path(path).write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary_path(path), path)
 
@@ -310,7 +319,7 @@ def ask(model: nn.Module, loader: DataLoader, device: torch.device, stop: StopSi
     model.eval()
     for images, batch_labels in loader:
         if stop is not None and stop.received:
-            raise Stopped(f"{stop.name} received: nothing is lost, the same command begins anew")
+            raise Stopped(f"{stop.name} received: nothing is lost; run the same command again")
         outputs.append(model(transform(images)).float().cpu())
         labels.append(batch_labels)
     return Answers(torch.cat(outputs), torch.cat(labels))
@@ -335,7 +344,7 @@ class FineTuning:
         self.training = training
 
     def loader(self, steps: int) -> DataLoader:
-        """Training images for so many steps, each image as often as it takes."""
+        """Training images for this many steps, each image as often as it takes."""
         repeats = math.ceil(steps * self.recipe.batch_size / len(self.training))
         images = ImageFiles([*self.training.samples()] * repeats, self.training.classes, self.training.root)
         transform = train_transform(self.model.spec.img_size, self.augmentation)
@@ -349,14 +358,16 @@ class FineTuning:
         return build_trainer(recipe, model, self.teacher, self.device, self.augmentation, steps, print_freq)
 
     def schedule(self, steps: int | None, minutes: float, seconds: float) -> tuple[int, int]:
-        """Epochs and steps in each: so many steps, or (None) as many as the minutes allow on this machine.
+        """Epochs and steps in each: this many steps, or (None) as many as the minutes allow on this machine.
 
         seconds: what it takes to measure the model on the images held back, which every epoch ends with.
         """
         epochs = self.recipe.epochs
         if steps is None:
+            validation = VALIDATION_COST * seconds
+            epochs = max(1, min(epochs, int(60 * minutes * VALIDATION_SHARE / validation)))
             seconds_a_step = self.seconds_a_step()
-            steps = max(epochs, int((60 * minutes - 3 * epochs * seconds) / seconds_a_step))
+            steps = max(epochs, int((60 * minutes - epochs * validation) / seconds_a_step))
             log(f"{seconds_a_step:.2f} s a step: {steps} steps in {minutes:g} minutes")
         epochs = min(epochs, steps)
         return epochs, math.ceil(steps / epochs)
@@ -422,12 +433,12 @@ def finish(
 ) -> None:
     """Writes the model and the report. Raises Stopped again if a signal has ended the training."""
     kept = comparison.better_of(MERGED, TUNED)
-    classes = comparison.images.source.classes
-    save_pretrained(fast, output, classes or None)
+    unnamed = fast.spec.class_names is None and fast.spec.num_classes != IMAGENET_CLASSES
+    save_pretrained(fast, output, (unnamed and comparison.images.source.classes) or None)
     if stopped is None:  # who wants it to end does not want to wait for this
         comparison.measure_speed(dense, fast)
     write_json(output / REPORT, notes | report_content(comparison, kept))
-    (output / PAGE).write_text(report_page(comparison, fast, kept, str(output)))
+    (output / PAGE).write_text(report_page(comparison, fast, kept, str(output)), encoding="utf-8")
     if stopped is not None:
         raise Stopped(f"{stopped}; {output} holds the best so far")
     log(f"saved in {output}: the {kept} model, {PAGE}")

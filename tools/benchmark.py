@@ -32,7 +32,7 @@ from engine import accumulate_gradients, autocast, copy_statistics, update_weigh
 from errors import UserError, exit_status
 from flops import count_gflops, gflops_of, solve_keep_rates
 from image_files import ImageFiles, list_images
-from models import ModelSpec, Teacher, build_model
+from models import ModelError, ModelSpec, Teacher, build_model
 from options import KEEP_RATE, POSITIVE, OneLineParser, number
 from recipe import AMP_DTYPES, build_augmentation, build_recipe, build_trainer
 from timing import Step, hardware, interleave
@@ -178,8 +178,19 @@ def points(settings: Settings, scaling: bool) -> list[tuple[int, float]]:
     """The (input size, base rate) pairs to measure; training drops no token, so it costs the same at any rate."""
     if not scaling:
         return [(settings.input_size, settings.base_rate)]
-    rates = [] if settings.train else SCALING_RATES
-    return [(size, settings.base_rate) for size in SCALING_SIZES] + [(settings.input_size, rate) for rate in rates]
+    rates = [] if settings.train else [rate for rate in SCALING_RATES if is_possible(settings.arch, rate)]
+    by_size = [(size, settings.base_rate) for size in SCALING_SIZES]
+    return list(dict.fromkeys(by_size + [(settings.input_size, rate) for rate in rates]))
+
+
+def is_possible(arch: str, base_rate: float) -> bool:
+    """Whether it leaves every stage some tokens; Swin's and ConvNeXt's lose a fixed share at each."""
+    try:
+        with torch.device("meta"):
+            build_model(ModelSpec(arch, base_rate))
+    except ModelError:
+        return False
+    return True
 
 
 def measure(settings: Settings, input_size: int, base_rate: float) -> list[dict]:

@@ -6,6 +6,7 @@ Both trainings are main_dynamic_vit.py itself; what is here only calls it and me
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from checkpoints import BEST, LAST, spec_of
 from datasets import BatchTransform
 from engine import evaluate
+from errors import UserError, exit_status
 from flops import count_gflops
 from models import build_model, find_weights, load_weights, read_checkpoint
 from pictures import contact_sheet, enlarge, prune, save_png, strip
@@ -57,12 +59,13 @@ MERGED = {"scorer": "attention", "reducer": "merge", "pruning_loc": (2, 3, 4, 5,
 
 def main() -> None:
     argparse.ArgumentParser(prog="demo", description=__doc__.split("\n")[0]).parse_args()
+    signal.signal(signal.SIGINT, lambda *_: None)  # the training gets it too, and saves
     started = time.monotonic()
     for name, title, flags in (("dense", "1. A dense ViT", DENSE), ("dynamic", "2. The same, made dynamic", DYNAMIC)):
         print(f"\n{title}: main_dynamic_vit.py {' '.join(flags)}\n", flush=True)
         status = subprocess.run([sys.executable, ROOT / "main_dynamic_vit.py", *COMMON, *flags]).returncode
         if status or read_checkpoint(OUTPUT / name / LAST)["epoch"] < EPOCHS[name]:
-            sys.exit(f"the demo has stopped here; run it again to go on, or remove {OUTPUT} to start anew")
+            raise UserError(f"the demo stops here; run it again to continue, or remove {OUTPUT} to start again")
     report(*(load_run(OUTPUT / name) for name in EPOCHS))
     print(f"all of it in {time.monotonic() - started:.0f} s")
 
@@ -128,9 +131,7 @@ def merge_untrained(dense: nn.Module, val_set: Shapes) -> tuple[nn.Module, float
     load_weights(merged, dense.state_dict())
     preprocessing = dense.spec.preprocessing
     transform = BatchTransform(torch.device("cpu"), preprocessing.mean, preprocessing.std)
-    loader = DataLoader(
-        [(pil_to_tensor(image), label) for image, label in map(val_set.__getitem__, range(len(val_set)))], BATCH_SIZE
-    )
+    loader = DataLoader([(pil_to_tensor(image), label) for image, label in val_set], BATCH_SIZE)
     return merged, evaluate(merged, loader, transform, torch.device("cpu"), None, sharded=False)["top1"]
 
 
@@ -156,4 +157,4 @@ def object_coverage(val_set: Shapes, kept: torch.Tensor, grid: tuple[int, int]) 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

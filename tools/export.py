@@ -25,6 +25,7 @@ from errors import UserError, exit_status
 from image_files import list_images, open_image
 from models import ModelSpec, build_model, from_pretrained, gives_embeddings
 from models.saved import config_text, data_config, first_line
+from options import POSITIVE, OneLineParser, number
 from shapes import Shapes
 from timing import interleave
 from tools.predict import METADATA, Runner, load_onnx, require_packages
@@ -49,9 +50,7 @@ assert "timm" not in sys.modules
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="export", description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder of save_pretrained's, or user/name on the hub")
     parser.add_argument(
         "--onnx", type=Path, metavar="FILE.onnx", help="for ONNX Runtime and everything that reads ONNX"
@@ -60,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--aoti", type=Path, metavar="FILE.pt2", help="for torch._inductor.aoti_load_package; needs a C++ compiler"
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="images in a batch (default: 1)")
+    parser.add_argument("--batch-size", type=number(int, POSITIVE), default=1, help="images in a batch")
     parser.add_argument("--dynamic-batch", action="store_true", help="any number of images instead")
     parser.add_argument(
         "--precision",
@@ -69,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of weights and arithmetic; images and outputs stay float32. fp16 is for GPUs",
     )
     parser.add_argument("--images", type=Path, help="folder of photos to check with (default: generated images)")
-    parser.add_argument("--repeats", type=int, default=20, help="rounds that are measured, after a warm-up")
+    rounds = "rounds that are measured, after a warm-up"
+    parser.add_argument("--repeats", type=number(int, POSITIVE), default=20, help=rounds)
     return parser
 
 
@@ -83,8 +83,8 @@ def main(args: argparse.Namespace) -> None:
     for kind, path in wanted.items():
         with written_whole(path) as temporary:
             WRITERS[kind](exportable(model, half), model.spec, temporary, batch)
-        log(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
-        check_file(kind, path, model, images, batch, half)
+            finding = check_file(kind, temporary, model, images, batch, half)
+        log(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; {finding}")
     if not model.spec.dense:
         measure(model, wanted, batch, half, args.repeats)
 
@@ -94,14 +94,12 @@ def check(args: argparse.Namespace) -> dict[str, Path]:
     wanted = {kind: getattr(args, kind) for kind in WRITERS if getattr(args, kind) is not None}
     if not wanted:
         raise UserError("nothing to write; give --onnx FILE.onnx, --torch FILE.pt2 or --aoti FILE.pt2")
-    if args.batch_size < 1 or args.repeats < 1:
-        raise UserError("--batch-size and --repeats must be at least 1")
     if args.dynamic_batch and args.batch_size != 1:
         raise UserError("--dynamic-batch takes any number of images; leave out --batch-size")
     for kind, path in wanted.items():
         suffix = ".onnx" if kind == "onnx" else ".pt2"
         if path.suffix != suffix:
-            raise UserError(f"--{kind} writes a {suffix} file, and {path} is named otherwise")
+            raise UserError(f"--{kind} writes a {suffix} file, and {path} ends otherwise")
         if path.exists():
             raise UserError(f"{path} exists; remove it, or choose another name")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
@@ -220,12 +218,13 @@ def run_alone(path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
         command = [sys.executable, "-I", "-c", RUN_TORCH, path.absolute(), inputs, outputs]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if result.returncode:
-            raise UserError(f"{path} does not load with torch alone ({result.stderr.splitlines()[-1]})")
+            reason = (result.stderr.splitlines() or [f"exit status {result.returncode}"])[-1]
+            raise UserError(f"the file does not load with torch alone ({reason})")
         return torch.load(outputs)
 
 
-def check_file(kind: str, path: Path, model: nn.Module, images: Tensor, batch: int | None, half: bool) -> None:
-    """Raises UserError unless the file gives what the model gives."""
+def check_file(kind: str, path: Path, model: nn.Module, images: Tensor, batch: int | None, half: bool) -> str:
+    """The finding in a line. Raises UserError unless the file gives what the model gives."""
     batches = images.split(CHECKED_BATCHES) if batch is None else split_evenly(images, batch)
     if kind == "torch":
         outputs = run_alone(path, batches)
@@ -233,7 +232,7 @@ def check_file(kind: str, path: Path, model: nn.Module, images: Tensor, batch: i
         run = load_runner(kind, path)
         outputs = [run(part) for part in batches]
     found = torch.cat(outputs)[: len(images)].float()
-    log(f"{path}: {compare(model, images, found, half)}")
+    return compare(model, images, found, half)
 
 
 def split_evenly(images: Tensor, batch: int) -> Sequence[Tensor]:
@@ -264,7 +263,7 @@ def compare(model: nn.Module, images: Tensor, found: Tensor, half: bool) -> str:
     if (off & ~undecided).any():
         raise UserError(
             f"{int((off & ~undecided).sum())} of {len(images)} outputs differ from PyTorch's "
-            f"by up to {float(differences[off & ~undecided].max()):.1e}: the exported file is not to be used"
+            f"by up to {float(differences[off & ~undecided].max()):.1e}: no file is left"
         )
     text = f"{int((~off).sum())} of {len(images)} outputs within {TOLERANCE} of PyTorch's"
     if not off.all():
@@ -273,7 +272,7 @@ def compare(model: nn.Module, images: Tensor, found: Tensor, half: bool) -> str:
         text += "; the others cannot be compared, as the random scorer draws anew each time"
     elif undecided.any():
         text += (
-            f"; in the other {int(undecided.sum())} two tokens score so nearly alike that rounding chooses between "
+            f"; in the other {int(undecided.sum())} two tokens' scores are so close that rounding decides between "
             "them, in PyTorch too"
         )
     return text

@@ -17,10 +17,12 @@ from timm.data import create_transform
 from torch import Tensor
 
 from datasets import class_names
-from errors import UserError, exit_status
+from errors import ImageError, UserError, exit_status
 from image_files import open_image
 from models import ModelSpec, from_pretrained, gives_embeddings
-from models.saved import data_config, parse_config
+from models.saved import data_config, first_line, parse_config
+from options import OneLineParser
+from utils import log
 
 TOP = 5
 METADATA = "dynamicvit"  # under this name an ONNX file carries what config.json holds
@@ -29,9 +31,7 @@ Runner = Callable[[Tensor], Tensor]  # (B, 3, H, W) preprocessed images -> (B, c
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="predict", description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder of save_pretrained's, user/name on the hub, or .onnx file")
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
     return parser
@@ -40,12 +40,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_saved(args.model)
     transform = create_transform(**data_config(spec))
-    outputs = [run(transform(open_image(path))[None])[0] for path in args.photos]
+    outputs = {}
+    for path in args.photos:
+        try:
+            outputs[path] = run(transform(open_image(path))[None])[0]
+        except ImageError as error:
+            log(f"warning: {error}")
+    if not outputs:
+        raise UserError("none of the photos can be read")
     if gives_embeddings(spec):
-        print_embeddings(args.photos, outputs)
+        print_embeddings([*outputs], [*outputs.values()])
         return
     names = class_names(spec)
-    for path, logits in zip(args.photos, outputs, strict=True):
+    for path, logits in outputs.items():
         print(path)
         probabilities, classes = logits.softmax(dim=-1).topk(min(TOP, len(names)))
         for probability, index in zip(probabilities.tolist(), classes.tolist(), strict=True):
@@ -69,10 +76,10 @@ def load_onnx(path: Path) -> tuple[Runner, ModelSpec]:
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has an error type for every cause
-        raise UserError(f"{path} is no ONNX file that ONNX Runtime can run ({str(error).splitlines()[0]})") from error
+        raise UserError(f"ONNX Runtime cannot run {path} ({first_line(error)})") from error
     metadata = session.get_modelmeta().custom_metadata_map
     if METADATA not in metadata:
-        raise UserError(f"{path} does not say how its images are to be prepared; export it with tools.export")
+        raise UserError(f"{path} does not say how to prepare its images; export it with tools.export")
     spec, _ = parse_config(metadata[METADATA], path)
     batch = session.get_inputs()[0].shape[0]
 

@@ -32,6 +32,7 @@ from datasets import (
     DataOptions,
     build_source,
     build_val_loader,
+    classes_fit,
     eval_transform,
     read_folder,
 )
@@ -39,7 +40,7 @@ from engine import autocast
 from errors import UserError, exit_status
 from flops import count_gflops
 from losses import kl_divergence
-from models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model
+from models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model, gives_embeddings
 from models.factory import default_keep_rates
 from models.pruning import TokenPruning, choose_attention
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, RUNS, OneLineParser, add_model_flags, load_trained_model, number
@@ -86,7 +87,7 @@ class Answers(NamedTuple):
 
 
 def build_parser() -> OneLineParser:
-    parser = OneLineParser(prog="sweep", description=__doc__)
+    parser = OneLineParser(prog="sweep", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     add = parser.add_argument
     add("--resume", help="a checkpoint or a run's folder, where --pretrained is not given (default: the newest run)")
@@ -112,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
     amp_dtype = pick_amp(args.amp, device)
     model, trained, _ = load_trained_model(args)
     spec = model.spec
-    if spec.num_classes == 0:
+    if gives_embeddings(spec):
         raise UserError(f"{spec.arch} has no classifier, so there are no answers to compare")
     for base_rate in args.base_rates:
         check_rate(model, base_rate)  # before the first of many passes, what would stop a later one
@@ -131,6 +132,7 @@ def main(args: argparse.Namespace) -> None:
         utils.set_seed(0)  # random scores that a second sweep draws again
         answers = compare(models, loader, transform, device, amp_dtype, labelled)
         report.add(base_rate, models, answers, spec)
+    log(f"saved in {args.output}: sweep.csv, sweep.png, sweep.npz")
 
 
 def check_rate(model: nn.Module, base_rate: float) -> None:
@@ -154,7 +156,7 @@ def read_images(data_set: str, data_path: str, spec: ModelSpec) -> tuple[Dataset
     if not classes:
         log("the images have no labels: agreement and KL only")
         return source, False
-    if len(classes) != spec.num_classes or (spec.class_names and list(spec.class_names) != classes):
+    if not classes_fit(spec, classes):
         log(f"the {len(classes)} classes of the images are not the model's {spec.num_classes}: agreement and KL only")
         return source, False
     return source, True

@@ -6,13 +6,14 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from models.pruning import choose_attention, find_adapter, select_tokens, size_bias
+from models.reducers import cosine_similarity
 from models.vit import matmul_dtype, observe, take_observed
 
 
 class ToMe(nn.Module):
     """A ViT in which r patch tokens merge into others in every block, between attention and MLP.
 
-    Who merges is told by the blocks' keys, and attention is proportional to size. Prefix tokens (the class token)
+    The blocks' keys decide which tokens merge, and attention is weighted by token size. Prefix tokens (the class token)
     never merge. Shapes: B images, P prefix tokens, N patch tokens that come to a block, C channels.
     """
 
@@ -52,9 +53,7 @@ def merge_most_similar(x: Tensor, keys: Tensor, size: Tensor, r: int, num_prefix
     r = min(r, num_patches // 2)
     if r == 0:
         return x, size
-    with torch.autocast(x.device.type, enabled=False) if x.device.type != "meta" else torch.no_grad():
-        directions = F.normalize(keys.float(), dim=-1)
-        similarity, match = (directions[:, 1::2] @ directions[:, ::2].transpose(1, 2)).max(dim=-1)
+    similarity, match = cosine_similarity(keys[:, 1::2], keys[:, ::2]).max(dim=-1)
     order = similarity.argsort(dim=1, descending=True)
     merging, target = order[:, :r], match.gather(1, order[:, :r])  # places among the second and the first ones
     left = order[:, r:].sort(dim=1).values  # neighbours stay neighbours

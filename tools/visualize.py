@@ -28,7 +28,7 @@ import utils
 from datasets import DATA_SETS, DataOptions, build_source, eval_transform, is_native
 from errors import ImageError, UserError, exit_status
 from image_files import list_images, open_image
-from models import ModelSpec
+from models import ModelSpec, gives_embeddings
 from models.pruning import Trace
 from utils import log
 
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     model, trained, settings = options.load_trained_model(args)
     model.to(utils.pick_device("auto"))
     data = run_data(settings)
-    classes = class_names(model.spec, data)
+    classes = () if gives_embeddings(model.spec) else class_names(model.spec, data)
     args.output.mkdir(parents=True, exist_ok=True)
     strips = []
     for name, image in read_images(args.source, args.count, model.spec):
@@ -65,6 +65,7 @@ def main(args: argparse.Namespace) -> None:
             pictures.save_gif(frames, args.output / f"{name}.gif")
     if len(strips) > 1:
         pictures.save_png(pictures.contact_sheet(strips), args.output / "contact_sheet.png")
+    log(f"{len(strips)} picture(s) in {args.output}")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -82,11 +83,11 @@ def run_data(settings: dict[str, Any]) -> DataOptions:
 
 def class_names(spec: ModelSpec, data: DataOptions) -> Sequence[str]:
     """See datasets.class_names; the data set's where it is found. It is looked for only if nothing else names them."""
-    if spec.class_names is not None or spec.num_classes == 1000:
+    if spec.class_names is not None or spec.num_classes == datasets.IMAGENET_CLASSES:
         return datasets.class_names(spec)
     try:
         return datasets.class_names(spec, build_source(train=False, options=data, size=spec.img_size).classes)
-    except UserError:
+    except (UserError, OSError):
         return datasets.class_names(spec)
 
 
@@ -115,7 +116,7 @@ def read_images(source: str, count: int, spec: ModelSpec) -> Iterator[tuple[str,
 
 
 def preprocess(image: Image.Image, spec: ModelSpec, data_set: str) -> Tensor:
-    """(3, H, W) uint8: as in validation. An image that has not the size of its data set's goes as a photo does."""
+    """(3, H, W) uint8: as in validation. An image whose size is not the data set's is treated as a photo."""
     size = spec.img_size
     height, width = (size, size) if isinstance(size, int) else size
     if not (image.size == (width, height) and is_native(size, data_set)):
