@@ -147,8 +147,8 @@ class TokenPruning:
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """(B, 3, H, W) images -> in training (logits, tokens, keep_mask, keep_decisions), else logits.
 
-        tokens: the (B, N, C) normed patch tokens, or (B, N, classes) logits for LV-ViT; tokens that left the tensor
-        are copies of the best one, as the maximum over all is a part of LV-ViT's prediction. keep_mask: (B, N),
+        tokens: the (B, N, C) normed patch tokens, or (B, N, classes) logits for LV-ViT; those that left the tensor
+        are 0, or for LV-ViT, whose prediction takes the maximum over all, copies of the best one. keep_mask: (B, N),
         the tokens kept at the end, no gradient. keep_decisions: S tensors (B, N), the policy after each stage,
         with gradient; none where tokens left the tensor.
         """
@@ -179,8 +179,8 @@ class TokenPruning:
         tokens, stages = self.reduce_tokens(images)
         logits, left = self.adapter.outputs(self, tokens.x, tokens.size)
         batch, num_patches = stages[0].scores.shape
-        patch_tokens = left[:, :1].repeat(1, num_patches, 1)
-        patch_tokens = patch_tokens.scatter(1, tokens.patches[..., None].expand_as(left), left)
+        absent = left[:, :1] if self.tokens_are_logits else torch.zeros_like(left[:, :1])
+        patch_tokens = absent.expand(-1, num_patches, -1).scatter(1, tokens.patches[..., None].expand_as(left), left)
         keep_mask = torch.zeros(batch, num_patches, device=left.device).scatter(1, tokens.patches, 1.0)
         return logits, patch_tokens, keep_mask, []
 

@@ -139,10 +139,10 @@ def test_embeddings(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFi
     ("arguments", "reason"),
     [
         ([], "nothing to write"),
-        (["--onnx", "fast.txt"], "named otherwise"),
+        (["--onnx", "fast.txt"], "ends in .onnx"),
         (["--onnx", "none/fast.onnx"], "cannot write"),
         (["--onnx", "there.onnx"], "exists"),
-        (["--onnx", "fast.onnx", "--batch-size", "0"], "at least 1"),
+        (["--onnx", "fast.onnx", "--batch-size", "0"], "must be"),
         (["--onnx", "fast.onnx", "--batch-size", "2", "--dynamic-batch"], "leave out --batch-size"),
         (["--onnx", "fast.onnx", "--images", "none"], "no such folder"),
         (["--torch", "fast.pt2", "--aoti", "fast.pt2"], "a file each"),
@@ -173,6 +173,10 @@ def test_missing_packages(saved: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_files_that_are_no_models(tmp_path: Path, image_folder: Path) -> None:
     photo = str(image_folder / "val" / "cats" / "0.jpg")
     (tmp_path / "bad.onnx").write_text("no ONNX")
-    for name, reason in (("bad.onnx", "no ONNX file"), ("none.onnx", "no such file"), ("none", "no such folder")):
+    for name, reason in (
+        ("bad.onnx", "ONNX Runtime cannot run"),
+        ("none.onnx", "no such file"),
+        ("none", "no such folder"),
+    ):
         with pytest.raises(ValueError if name == "none" else UserError, match=reason):
             predict.command([str(tmp_path / name), photo])

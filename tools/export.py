@@ -99,7 +99,7 @@ def check(args: argparse.Namespace) -> dict[str, Path]:
     for kind, path in wanted.items():
         suffix = ".onnx" if kind == "onnx" else ".pt2"
         if path.suffix != suffix:
-            raise UserError(f"--{kind} writes a {suffix} file, and {path} ends otherwise")
+            raise UserError(f"--{kind} needs a file name that ends in {suffix}, got {path}")
         if path.exists():
             raise UserError(f"{path} exists; remove it, or choose another name")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

@@ -40,19 +40,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_saved(args.model)
     transform = create_transform(**data_config(spec))
-    outputs = {}
+    photos, outputs = [], []
     for path in args.photos:
         try:
-            outputs[path] = run(transform(open_image(path))[None])[0]
+            outputs.append(run(transform(open_image(path))[None])[0])
+            photos.append(path)
         except ImageError as error:
             log(f"warning: {error}")
-    if not outputs:
+    if not photos:
         raise UserError("none of the photos can be read")
     if gives_embeddings(spec):
-        print_embeddings([*outputs], [*outputs.values()])
+        print_embeddings(photos, outputs)
         return
     names = class_names(spec)
-    for path, logits in outputs.items():
+    for path, logits in zip(photos, outputs, strict=True):
         print(path)
         probabilities, classes = logits.softmax(dim=-1).topk(min(TOP, len(names)))
         for probability, index in zip(probabilities.tolist(), classes.tolist(), strict=True):
