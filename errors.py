@@ -1,4 +1,4 @@
-"""Errors that users can mend: one line, what is wrong and what to do, and exit status 2."""
+"""Errors that users can fix: one line, what is wrong and what to do, and exit status 2."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ from utils import LaunchError, is_main_process, log
 
 
 class UserError(Exception):
-    """Something that the user can mend; shown as one line, without a traceback."""
+    """Something that the user can fix; shown as one line, without a traceback."""
 
 
 class LocalError(UserError):
@@ -25,7 +25,7 @@ class ImageError(LocalError):
 
 
 def exit_status(command: Callable[[], None]) -> int:
-    """Runs it, with what users can mend said in one line. Returns the program's exit status."""
+    """Runs it, with what users can fix said in one line. Returns the program's exit status."""
     try:
         command()
         return 0
@@ -53,9 +53,7 @@ def for_the_user(error: Exception) -> Exception | None:
     if isinstance(error, (UserError, ModelError, LaunchError, OSError)):
         return error
     if isinstance(error, torch.OutOfMemoryError):
-        return LocalError(
-            "the GPU's memory is too small; lower --batch-size (in training, raise --update-freq as much)"
-        )
+        return LocalError("out of GPU memory; lower --batch-size (in training, raise --update-freq to match)")
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return LocalError(f"a loader process died, most likely because memory ran out ({error}); lower --num-workers")
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):

@@ -155,7 +155,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--keep-rates",
         type=number(float, KEEP_RATE),
         nargs="+",
-        help="instead, the share of the original tokens kept after each stage",
+        help="instead of --base-rate: the share of the original tokens kept after each stage",
     )
     add("--pruning-loc", type=int, nargs="+", help="blocks before which tokens are reduced (default: the arch's)")
     add("--scorer", choices=SCORERS, help="what ranks tokens (default: the checkpoint's, else predictor)")
@@ -163,7 +163,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--merge-streams",
         action="store_true",
-        help="Swin, ConvNeXt: a location that is kept again goes on from its own value in training, too",
+        help="Swin, ConvNeXt: in training, as in evaluation, a location kept again continues from its true value",
     )
     add("--input-size", type=number(int, POSITIVE), help="pixels (default: the arch's, 224 for the papers')")
     for name, kind in (("patch-size", int), ("embed-dim", int), ("depth", int), ("mlp-ratio", float)):
@@ -187,7 +187,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--num-classes",
         type=number(int, POSITIVE),
-        help="of the model (default: the data set's; 1000 for folders of WordNet ids)",
+        help="classes of the model (default: the data set's; 1000 for folders of WordNet ids)",
     )
     add(
         "--num-workers",
@@ -198,16 +198,20 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--skip-bad-images",
         action="store_true",
-        help="go on without images that cannot be read, and list them at the end",
+        help="leave out images that cannot be read, and list them at the end",
     )
-    add("--dist-eval", action="store_true", help="share the validation images out among the processes")
+    add("--dist-eval", action="store_true", help="split the validation images among the processes")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Where and how the command runs."""
     add = parser.add_argument
     add("--output-dir", default="", help="where checkpoints, log.txt and TensorBoard events go (default: nowhere)")
-    add("--resume", default="auto", help="a checkpoint; 'auto': the run in --output-dir, if it is this one; 'none'")
+    add(
+        "--resume",
+        default="auto",
+        help="checkpoint or run folder (its last epoch); 'auto': the run in --output-dir; 'none': a new run",
+    )
     add("--eval", action="store_true", help="evaluate only")
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=number(int, SEED), default=Recipe.seed)
@@ -218,7 +222,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """How the model learns."""
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("--recipe", choices=RECIPES, help="defaults of what follows (default: the paper's that the model is from)")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="sets the defaults below (default: the paper's; label-free for models without predictors)",
+    )
     add("--epochs", type=number(int, POSITIVE), help=by_recipe("epochs"))
     add(
         "--batch-size",
@@ -230,7 +238,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         "--update-freq",
         type=number(int, POSITIVE),
         default=Recipe.update_freq,
-        help="forward passes to an optimizer step",
+        help="forward passes per optimizer step",
     )
     add("--amp", choices=("auto", *AMP_DTYPES), default=Recipe.amp, help="mixed precision")
     add("--compile", action=flag, default=Recipe.compile, help="torch.compile student and teacher, for validation too")
@@ -244,17 +252,20 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--warmup-epochs",
         type=number(float, NOT_NEGATIVE),
-        help=by_recipe("warmup_epochs", "of linear warm-up; neurips: with the backbone frozen, as in its script"),
+        help=by_recipe("warmup_epochs", "epochs of linear warm-up; neurips, dynamic: epochs with the backbone frozen"),
     )
     add(
         "--frozen-epochs",
         type=number(float, NOT_NEGATIVE),
-        help="with the backbone frozen (default: neurips --warmup-epochs, journal 5)",
+        help="epochs with the backbone frozen (default: neurips --warmup-epochs, journal 5, label-free 0)",
     )
     add("--weight-decay", type=number(float, NOT_NEGATIVE), default=Recipe.weight_decay)
     add("--clip-grad", type=number(float, POSITIVE), help=by_recipe("clip_grad", "largest gradient norm"))
     add(
-        "--drop-path", type=number(float, BELOW_ONE), default=Recipe.drop_path, help="at the last block, 0 at the first"
+        "--drop-path",
+        type=number(float, BELOW_ONE),
+        default=Recipe.drop_path,
+        help="stochastic depth at the last block, 0 at the first",
     )
     add("--model-ema", action=flag, default=Recipe.model_ema, help="also keep and evaluate the weights' moving average")
     add("--model-ema-decay", type=number(float, SHARE), help=by_recipe("model_ema_decay"))
@@ -263,22 +274,22 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--cls-weight",
         type=number(float, NOT_NEGATIVE),
-        help=by_recipe("cls_weight", "of the labels' loss; 0 needs no labels"),
+        help=by_recipe("cls_weight", "weight of the label loss; with 0, no labels are needed"),
     )
     add(
         "--ratio-weight",
         type=number(float, NOT_NEGATIVE),
-        help=by_recipe("ratio_weight", "of the keep rates' loss (2 for DeiT and LV-ViT)"),
+        help=by_recipe("ratio_weight", "weight of the ratio loss (2 for DeiT and LV-ViT)"),
     )
     add(
         "--distill-weight",
         type=number(float, NOT_NEGATIVE),
-        help=by_recipe("distill_weight", "of the distillation losses"),
+        help=by_recipe("distill_weight", "weight of the distillation losses"),
     )
     add(
         "--token-weight",
         type=number(float, NOT_NEGATIVE),
-        help=by_recipe("token_weight", "of the tokens' distillation beside the logits'"),
+        help=by_recipe("token_weight", "weight of the token loss within them; the logits' is 1"),
     )
     add("--smoothing", type=number(float, BELOW_ONE), default=Recipe.smoothing, help="label smoothing")
 
@@ -298,18 +309,18 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--repeated-aug",
         action=flag,
-        help=by_recipe("repeated_aug", "each image three times an epoch, in a third of the images"),
+        help=by_recipe("repeated_aug", "each epoch shows a third of the images, three times each"),
     )
     add("--reprob", type=number(float, SHARE), help=by_recipe("reprob", "probability of random erasing"))
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erased pixels become")
     add("--mixup", type=number(float, NOT_NEGATIVE), help=by_recipe("mixup", "alpha; 0 is off"))
     add("--cutmix", type=number(float, NOT_NEGATIVE), help=by_recipe("cutmix", "alpha; 0 is off"))
-    add("--mixup-prob", type=number(float, SHARE), default=Recipe.mixup_prob, help="of mixup or cutmix")
+    add("--mixup-prob", type=number(float, SHARE), default=Recipe.mixup_prob, help="probability of mixing")
     add(
         "--mixup-switch-prob",
         type=number(float, SHARE),
         default=Recipe.mixup_switch_prob,
-        help="of cutmix where both are on",
+        help="probability of cutmix rather than mixup, where both are on",
     )
     add("--mixup-mode", default=Recipe.mixup_mode, choices=("batch", "pair", "elem"))
 
@@ -355,7 +366,7 @@ def model_spec(args: argparse.Namespace, base: ModelSpec | None, resumed: bool) 
     spec = with_flags(args, base or ModelSpec(), dense)
     if resumed and base is not None:
         for difference in base.differences(spec):
-            log(f"other than in the checkpoint: {difference}")
+            log(f"differs from the checkpoint: {difference}")
     return spec
 
 
@@ -396,7 +407,7 @@ def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[
     content = read_checkpoint(path)
     base, weights = spec_of(content), find_weights(content)
     if base is None and args.arch is None:
-        raise UserError(f"{path} does not tell its architecture; add --arch")
+        raise UserError(f"{path} does not name its architecture; add --arch")
     base = base or ModelSpec(args.arch, num_classes=num_classes_of(weights))
     if args.resume and base.dense:
         raise UserError(f"{path} is of a dense run; give a dynamic one with --resume (or --pretrained {path})")
@@ -429,7 +440,7 @@ def newest_run() -> Path:
 
 
 def changes(args: argparse.Namespace, content: dict[str, Any]) -> list[str]:
-    """What the flags ask for otherwise than a checkpoint was written with."""
+    """How the flags differ from those that a checkpoint was written with."""
     base = spec_of(content)
     spec = with_flags(args, base or ModelSpec(), args.dense)
     earlier = settings_of(content)

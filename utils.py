@@ -53,7 +53,7 @@ def launched_by_torchrun() -> bool:
         )
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdigit():
-            raise LaunchError(f"{name}={os.environ[name]} in the environment is no number; start with torchrun")
+            raise LaunchError(f"{name}={os.environ[name]} in the environment is not a number; start with torchrun")
     return True
 
 
@@ -73,7 +73,7 @@ def connect(rank: int, world_size: int) -> dist.Store:
             if opens:
                 break  # the port is taken, or the address is not this machine's
             print(f"rank {rank} waits: no rank 0 at {host}:{port} after {waited} s", file=sys.stderr, flush=True)
-    raise LaunchError(f"cannot meet the other processes at {host}:{port} ({reason})")
+    raise LaunchError(f"cannot reach the other processes at {host}:{port} ({reason})")
 
 
 def forget_earlier_starts(store: dist.Store, rank: int, world_size: int) -> dist.Store:

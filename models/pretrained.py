@@ -59,7 +59,7 @@ def read_checkpoint(path: str | Path) -> dict:
                 "re-save it with tensors, numbers and strings only"
             ) from error
         raise CheckpointError(
-            f"{path} is not a checkpoint, or is damaged; get it anew, or give another file"
+            f"{path} is not a checkpoint, or is damaged; download it again, or give another file"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named weights")

@@ -102,7 +102,7 @@ def read_saved(folder: str | Path) -> tuple[ModelSpec, StateDict]:
     check_shapes(build_on_meta(spec, folder / CONFIG), weights)
     if sha256_of(weights) != digest:
         raise CheckpointError(
-            f"{weights} is damaged, or is not the one that {CONFIG} was written for; save or download both anew"
+            f"{weights} is damaged, or is not the one that {CONFIG} was written for; save or download both again"
         )
     return spec, load_file(weights)
 
@@ -246,7 +246,7 @@ def check_shapes(model: nn.Module, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is no safetensors file, or is damaged ({first_line(error)})") from error
+        raise CheckpointError(f"{path} is not a safetensors file, or is damaged ({first_line(error)})") from error
     expected = shapes_of(model.state_dict())
     odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if odd:

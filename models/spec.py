@@ -17,7 +17,7 @@ class ModelError(ValueError):
 
 
 class CheckpointError(ModelError):
-    """A file that is no usable checkpoint, or weights that do not fit; the message is for the user."""
+    """A file that is not a usable checkpoint, or weights that do not fit; the message is for the user."""
 
 
 @dataclass(frozen=True)

@@ -420,7 +420,7 @@ def test_evaluation_is_of_the_model_that_was_trained(
     assert "predictor + drop before blocks 1, 2, 3 keep 70.0%, 49.0%, 34.3%" in out and "other than" not in out
     assert exit_status(lambda: command([*args, "--num-workers", "0", "--base-rate", "0.3"])) == 0
     out = capfd.readouterr().out
-    assert "keep 30.0%, 9.0%, 2.7%" in out and "other than in the checkpoint: base_rate 0.7 -> 0.3" in out
+    assert "keep 30.0%, 9.0%, 2.7%" in out and "differs from the checkpoint: base_rate 0.7 -> 0.3" in out
 
 
 def test_evaluation_without_a_run(dense_run: Path, image_folder: Path, capfd: pytest.CaptureFixture) -> None:

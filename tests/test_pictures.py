@@ -342,7 +342,7 @@ def test_the_newest_run_is_the_default(folder: Path, tmp_path: Path, monkeypatch
         (["photo.png", "--resume", "missing.pth"], "no such file: missing.pth"),
         (["photo.png", "--resume", "empty"], "no checkpoint_best.pth or checkpoint_last.pth in empty"),
         (["photo.png", "--resume", "photo.png"], "photo.png is not a checkpoint"),
-        (["photo.png", "--pretrained", "bare.pth"], "bare.pth does not tell its architecture; add --arch"),
+        (["photo.png", "--pretrained", "bare.pth"], "bare.pth does not name its architecture; add --arch"),
         (["photo.png", "--pretrained", "bare.pth", "--resume", "{run}"], "give one of them"),
         (["photo.png", "--resume", "{run}", "--dense"], "a dense model keeps all its tokens"),
         (["missing.png", "--resume", "{run}"], "no image, and no folder of images: missing.png"),
