@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m tools.demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

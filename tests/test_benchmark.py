@@ -177,8 +177,8 @@ def test_scaling_compiles_any_number_of_models(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_(self, fullgraph=True, backend="eager"))
     monkeypatch.setattr(benchmark, "SCALING_SIZES", ())
     monkeypatch.setattr(benchmark, "SCALING_RATES", (1.0, 0.7))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)  # enough for one rate: two models, two batches
-    benchmark.command([*TINY, "--scaling", "--compile", "--repeats", "1"])
+    with torch._dynamo.config.patch(recompile_limit=4):  # enough for one rate: two models, two batches
+        benchmark.command([*TINY, "--scaling", "--compile", "--repeats", "1"])
 
 
 @pytest.mark.parametrize(
