@@ -66,6 +66,7 @@ from signals import Stopped, StopSignal
 from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
 from utils import log
 
+NUM_STAGES = 9  # at most
 FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much
 LOWEST_RATE = 0.5  # of its tokens that a stage keeps
 MIN_IMAGES = 50  # to fine-tune with
@@ -183,7 +184,7 @@ def choose_stages(
 ) -> ModelSpec:
     """Where tokens merge and how many stay: as given by hand, else for a speed-up in multiply-adds.
 
-    Stages come before every second block from a quarter of the depth on (before that class attention
+    Stages are spread evenly over the blocks from a quarter of the depth on (before that class attention
     says little), and each keeps the same share of its tokens. Raises UserError for a speed-up that
     would leave too few tokens.
     """
@@ -192,8 +193,10 @@ def choose_stages(
     dense, depth = model.spec, len(getattr(model, "blocks", ()))
     if depth < 2:
         raise UserError(f"{dense.arch} has no transformer blocks to merge tokens between; give a vision transformer")
-    stages = tuple(pruning_loc or range(max(1, depth // 4), depth, 2))
-    spec = replace(dense, dense=False, scorer="distinct", reducer="merge", pruning_loc=stages)
+    first = max(1, depth // 4)
+    count = min(NUM_STAGES, depth - first)
+    spread = tuple(first + stage * (depth - first) // count for stage in range(count))
+    spec = replace(dense, dense=False, scorer="distinct", reducer="merge", pruning_loc=tuple(pruning_loc or spread))
     if keep_rates is not None:
         return replace(spec, keep_rates=tuple(keep_rates))
     if base_rate is not None:
