@@ -292,7 +292,7 @@ def test_loader_process_killed(options: list[str], undisturbed: Path, tmp_path: 
         os.kill(int(child), signal.SIGKILL)
     output = process.stdout.read()
     assert process.wait() == 2, output
-    assert "error: a loader process is gone" in output
+    assert "error: a loader process died" in output
     finish(start(options, tmp_path))
     assert_same_end(tmp_path, undisturbed)
 
