@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import ModelSpec, build_model, geometric_keep_rates
 
 BISECTIONS = 20
+LOWEST_RATE = 0.5  # of its tokens that a stage keeps
 
 
 def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:
@@ -37,16 +38,16 @@ def dense_and_dynamic_gflops(model: nn.Module) -> dict[str, float]:
     return gflops if model.spec.dense else gflops | {"dynamic": count_gflops(model, model.spec.img_size)}
 
 
-def solve_keep_rates(spec: ModelSpec, gflops: float, lowest: float, fewest: float = 0.0) -> tuple[float, ...]:
+def solve_keep_rates(spec: ModelSpec, gflops: float, fewest: float = 0.0) -> tuple[float, ...]:
     """Rates of a spec's stages, each keeping the same share of its tokens, at which it costs at most so many GFLOPs.
 
-    lowest: where the search begins; that share is returned if even it costs more. fewest: the share of all
-    tokens that is kept in any case.
+    That share is LOWEST_RATE at least, even if this costs more. fewest: the share of all tokens that is kept in
+    any case.
     """
     num_stages = len(spec.pruning_loc)
     with torch.device("meta"):
         model = build_model(replace(spec, keep_rates=(1.0,) * num_stages))
-    low, high = lowest, 1.0
+    low, high = LOWEST_RATE, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         model.set_keep_rates(geometric_keep_rates(middle, num_stages, fewest))

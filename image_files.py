@@ -13,6 +13,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from errors import ImageError
 
+# What Pillow raises for a file that is no image, is damaged, or is too large to be one.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
 
 class ImageFiles(Dataset):
     """Image files with their labels, read when they are asked for.
@@ -59,7 +62,7 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0].replace(f" {str(path)!r}", "")
         advice = "; replace or remove it" if os.path.isfile(path) else ""
         raise ImageError(f"cannot read image {path} ({reason}){advice}") from error

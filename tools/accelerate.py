@@ -44,8 +44,8 @@ from datasets import (
 )
 from engine import accumulate_gradients, copy_statistics, update_weights
 from errors import ImageError, UserError, exit_status
-from flops import dense_and_dynamic_gflops, solve_keep_rates
-from image_files import ImageFiles, open_image
+from flops import LOWEST_RATE, dense_and_dynamic_gflops, solve_keep_rates
+from image_files import UNREADABLE, ImageFiles, open_image
 from models import (
     CheckpointError,
     ModelSpec,
@@ -68,7 +68,6 @@ from utils import log
 
 NUM_STAGES = 9  # at most
 FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much
-LOWEST_RATE = 0.5  # of its tokens that a stage keeps
 MIN_IMAGES = 50  # to fine-tune with
 MAX_HELD_BACK, MAX_TRAINING = 500, 10_000  # images; more take time and tell little more
 HELD_BACK_IN = 5  # one image in this many
@@ -215,7 +214,7 @@ def keep_rates_for(spec: ModelSpec, speedup: float) -> tuple[float, ...]:
             f"--speedup must be above 1 and at most {largest:.3g} for {spec.arch}, got {speedup:g}; "
             "beyond that too few tokens are left (by hand: --pruning-loc and --base-rate)"
         )
-    return solve_keep_rates(spec, gflops["dense"] / speedup, LOWEST_RATE, FEWEST_TOKENS)
+    return solve_keep_rates(spec, gflops["dense"] / speedup, FEWEST_TOKENS)
 
 
 def split(folder: Path, spec: ModelSpec) -> tuple[ImageFiles, ImageFiles]:
@@ -265,7 +264,7 @@ def is_readable(path: str, whole: bool) -> bool:
         else:
             Image.open(path).close()
         return True
-    except (ImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (ImageError, *UNREADABLE):
         return False
 
 

@@ -59,7 +59,6 @@ COLUMNS = {  # of the printed table, by their names in the JSON file: heading, w
 }
 
 TRAININGS = ("dense", "teacher alone", "dynamic", "dynamic + teacher", "merged + teacher")
-LOWEST_RATE = 0.5  # of a merged model's stages
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ def merged_spec(published: ModelSpec, depth: int, gflops: float) -> ModelSpec:
     """Class attention and merging before every block from a quarter of the depth on, at so many GFLOPs."""
     stages = tuple(range(max(1, depth // 4), depth))
     spec = replace(published, scorer="attention", reducer="merge", pruning_loc=stages)
-    return replace(spec, keep_rates=solve_keep_rates(spec, gflops, LOWEST_RATE))
+    return replace(spec, keep_rates=solve_keep_rates(spec, gflops))
 
 
 def prepare(contender: Contender, images: Tensor, labels: Tensor, compile_mode: str | None) -> dict:

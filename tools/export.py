@@ -37,7 +37,7 @@ CHECKED_BATCHES = (1, 5, 58)  # of a dynamic batch; NUM_IMAGES together
 MEASURED_BATCHES = (1, 8)
 TOLERANCE = 1e-4  # of float32 outputs, in units of their standard deviation where that is above 1
 FP16_TOLERANCE = 0.1  # of the median image, in standard deviations
-NUDGE, NUM_NUDGES, ATTEMPTS = 1e-5, 16, 3  # see undecided_images; pixels are a thousand times coarser
+NUDGE, NUM_NUDGES, ATTEMPTS = 1e-5, 8, 3  # see undecided_images; pixels are a thousand times coarser
 MAX_ONNX_BYTES = 2**31 - 2**20  # what one file can hold
 
 # Runs a torch.export program in a process that has nothing but torch.
