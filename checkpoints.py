@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,10 +12,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import UserError
-from models import ARCHS, CheckpointError, ModelError, ModelSpec, find_weights, read_checkpoint
+from models import (
+    ARCHS,
+    CheckpointError,
+    ModelError,
+    ModelSpec,
+    build_model,
+    find_weights,
+    from_pretrained,
+    load_weights,
+    read_checkpoint,
+)
 from utils import gather, get_rank, is_main_process
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
@@ -113,6 +123,29 @@ def known_arch(name: object) -> str | None:
     return ours if ours in ARCHS else None
 
 
+def checkpoint_in(path: str | Path, names: Sequence[str] = (BEST, LAST)) -> Path:
+    """The first of these files that a run's folder has; any other path is left as it is."""
+    return next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
+
+
+def load_model(source: str) -> nn.Module:
+    """A model in eval mode on the CPU, as it describes itself.
+
+    source: a folder of save_pretrained's or its name on the hub (see from_pretrained), a run's folder
+    (then its best epoch), or a checkpoint. Raises CheckpointError.
+    """
+    path = checkpoint_in(source)
+    if not path.is_file():
+        return from_pretrained(source)
+    content = read_checkpoint(path)
+    spec = spec_of(content)
+    if spec is None:
+        raise CheckpointError(f"{path} does not say what model it is of; save one with models.save_pretrained")
+    model = build_model(spec)
+    load_weights(model, find_weights(content))
+    return model.eval()
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a command's run is, and what it may resume."""
@@ -132,15 +165,14 @@ def find_checkpoint(place: Place, changes: Changes) -> Path | None:
     """
     last = Path(place.output_dir) / LAST if place.output_dir else None
     held = last is not None and last.is_file()
+    names = (BEST, LAST) if place.evaluating else (LAST,)
     if place.resume == "auto":
-        return last if held else None
+        return checkpoint_in(last.parent, names) if held else None
     if place.resume == "none":
         if held and not place.evaluating:
             raise UserError(f"{place.output_dir} holds an earlier run; choose another --output-dir, or --resume auto")
         return None
-    path = Path(place.resume)
-    if path.is_dir() and (path / LAST).is_file():
-        path /= LAST
+    path = checkpoint_in(place.resume, names)
     if place.evaluating or not held:
         return path
     if not changes(read_checkpoint(last)):

@@ -254,7 +254,9 @@ def read_folder(
             log(f"warning: {folder} holds images beside its folders, so these are no classes, and no image has a label")
         return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder)
     if not found:
-        raise UserError(f"no class folders in {folder}; images belong in {folder}/<class>/")
+        raise UserError(
+            f"no class folders in {folder}; images belong in {folder}/<class>/ (or no labels: --cls-weight 0 --distill)"
+        )
     classes = classes or found
     wnids = ImageNetInfo("imagenet-1k").label_names()
     if num_classes in (None, len(wnids)) and set(classes) | set(found) <= set(wnids):

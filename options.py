@@ -4,16 +4,16 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from checkpoints import BEST, LAST, Place, settings_of, spec_of
+from checkpoints import BEST, LAST, Place, checkpoint_in, settings_of, spec_of
 from clocks import SaveClock
-from datasets import DATA_SETS, Augmentation, DataOptions
+from datasets import DATA_SETS, IMAGENET_CLASSES, Augmentation, DataOptions
 from errors import UserError
 from models import (
     ARCHS,
@@ -210,7 +210,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--resume",
         default="auto",
-        help="checkpoint or run folder (its last epoch); 'auto': the run in --output-dir; 'none': a new run",
+        help="checkpoint or run folder (its last epoch, with --eval its best); "
+        "'auto': the run in --output-dir; 'none': a new run",
     )
     add("--eval", action="store_true", help="evaluate only")
     add("--device", default="auto", help="auto, cuda or cpu")
@@ -334,6 +335,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"{name} does not exist here; {RENAMED[name]}")
     args = build_parser().parse_args(words)
     SaveClock(args.save_freq)
+    args.pretrained = args.pretrained and str(checkpoint_in(args.pretrained))
     if args.dense and args.distill:
         raise UserError("--distill teaches a dynamic model; leave it out with --dense")
     return args
@@ -403,7 +405,7 @@ def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[
     add_model_flags and --resume (a checkpoint, a run's folder or a saved model's; None: the newest run under
     logs/). Raises UserError.
     """
-    path = args.pretrained or locate_checkpoint(args.resume)
+    path = checkpoint_in(args.pretrained) if args.pretrained else locate_checkpoint(args.resume)
     content = read_checkpoint(path)
     base, weights = spec_of(content), find_weights(content)
     if base is None and args.arch is None:
@@ -423,13 +425,10 @@ def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[
 
 def locate_checkpoint(resume: str | None) -> Path:
     """The file that --resume means: a file, a run's folder, or None for the newest run under logs/."""
-    folder = Path(resume) if resume else newest_run()
-    if not folder.is_dir() or looks_like_saved(folder):
-        return folder
-    for name in (BEST, LAST):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"no {BEST} or {LAST} in {folder}")
+    path = checkpoint_in(resume or newest_run())
+    if path.is_dir() and not looks_like_saved(path):
+        raise UserError(f"no {BEST} or {LAST} in {path}")
+    return path
 
 
 def newest_run() -> Path:
@@ -523,6 +522,16 @@ def count_classes(args: argparse.Namespace, spec: ModelSpec, known: int, trained
             "train a dense model on it first (--dense --pretrained FILE) and start from that"
         )
     return wanted
+
+
+def names_of_classes(
+    args: argparse.Namespace, spec: ModelSpec, classes: Sequence[str], num_classes: int
+) -> tuple[str, ...] | None:
+    """The model's own, where it is not a dense model that learns new ones; else the data's, if they are the model's."""
+    if spec.class_names is not None and (args.eval or not spec.dense):
+        return spec.class_names
+    named = len(classes) == num_classes != IMAGENET_CLASSES and all(name.isprintable() for name in classes)
+    return tuple(classes) if named and not args.eval else None
 
 
 def place(args: argparse.Namespace) -> Place:

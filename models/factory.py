@@ -208,6 +208,11 @@ def make_dynamic(
     pruning_loc: the blocks before which tokens are reduced. keep_rates: the share of the original
     patch tokens kept after each of these stages. Raises ValueError if anything does not fit.
     """
+    if isinstance(keep_rates, (int, float)):
+        raise ValueError(
+            "keep_rates are one share of all tokens for each stage; for stages that keep the same share of their own, "
+            f"geometric_keep_rates({keep_rates}, {len(pruning_loc)})"
+        )
     if isinstance(backbone, spatial.Backbone):
         if (scorer, reducer) != ("predictor", "drop"):
             raise ValueError(f"a {type(backbone).__name__} has predictors and fast paths; no {scorer} + {reducer}")

@@ -19,6 +19,7 @@ from .spatial import Backbone, map_published
 from .spec import CheckpointError, ModelSpec, StateDict
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+EXPORTED = (".onnx", ".pt2")
 WEIGHT_KEYS = ("model", "state_dict")  # ours and DeiT's, timm's; else the file is a bare state dict
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 HEADS = ("head", "aux_head", "head_dist", "head.fc")  # of all families
@@ -46,6 +47,8 @@ def read_checkpoint(path: str | Path) -> dict:
         return {"model": weights, "spec": spec.to_dict()}
     if not path.is_file():
         raise CheckpointError(f"no such file: {path}")
+    if path.suffix in EXPORTED:
+        raise CheckpointError(f"{path} is an exported model, made to be run only; give what it was exported from")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

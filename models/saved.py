@@ -260,7 +260,7 @@ def check_shapes(model: nn.Module, path: Path) -> None:
 def download(name: str, revision: str | None) -> Path:
     """The folder in the hub's cache that holds a model's two files."""
     if not HUB_NAME.fullmatch(name):
-        raise CheckpointError(f"no such folder: {name}")
+        raise CheckpointError(f"no such file or folder: {name}")
     try:
         from huggingface_hub import hf_hub_download, logging  # slow to import, and needed here alone
 

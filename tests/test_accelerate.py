@@ -247,15 +247,30 @@ def one_line_error(capsys: pytest.CaptureFixture) -> str:
 
 
 def test_parts_of_a_data_set_are_no_classes(photos: Path, tmp_path: Path) -> None:
-    for part in ("train", "val"):
+    for part in ("train", "test"):
         shutil.copytree(photos / "cats", tmp_path / part)
     assert all(images.classes == [] for images in accelerate.split(tmp_path, TWO_CLASSES))
+
+
+def test_validation_images_are_not_trained_on(weights: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(photos, tmp_path / "data" / part)
+    assert run(weights, tmp_path / "data", tmp_path / "fast") == 2
+    assert one_line_error(capsys).endswith(f"--images {tmp_path}/data/train")
 
 
 def test_many_images_held_back_mean_few_validations() -> None:
     """A validation of 3 times 40 s, in a quarter of 10 minutes: one epoch, and 480 s for steps of half a second."""
     tuning = SimpleNamespace(recipe=SimpleNamespace(epochs=10), seconds_a_step=lambda: 0.5)
     assert accelerate.FineTuning.schedule(tuning, steps=None, minutes=10, seconds=40.0) == (1, 960)
+
+
+def test_predictors_of_a_dynamic_run_are_left_out(photos: Path, tmp_path: Path, capsys) -> None:
+    model = models.create_model("deit_tiny", num_classes=2, pruning_loc=(1, 2), **SIZES)
+    torch.save({"model": model.state_dict(), "spec": model.spec.to_dict()}, tmp_path / "checkpoint_best.pth")
+    assert run(tmp_path, photos, tmp_path / "fast", "--minutes", "0") == 0
+    assert "predictors in --weights are left out" in capsys.readouterr().out
+    assert models.from_pretrained(tmp_path / "fast").spec.scorer == "distinct"
 
 
 def test_few_images_are_merged_without_training(weights: Path, tmp_path: Path, capsys) -> None:

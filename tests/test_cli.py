@@ -417,7 +417,8 @@ def test_evaluation_is_of_the_model_that_was_trained(
     args = ["--eval", "--resume", str(dynamic_run), "--data-path", str(image_folder), "--device", "cpu"]
     assert exit_status(lambda: command([*args, "--num-workers", "0"])) == 0
     out = capfd.readouterr().out
-    assert "predictor + drop before blocks 1, 2, 3 keep 70.0%, 49.0%, 34.3%" in out and "other than" not in out
+    assert "predictor + drop before blocks 1, 2, 3 keep 70.0%, 49.0%, 34.3%" in out and "differs" not in out
+    assert f"checkpoint: {dynamic_run}/checkpoint_best.pth" in out  # the epoch that the run's summary ended with
     assert exit_status(lambda: command([*args, "--num-workers", "0", "--base-rate", "0.3"])) == 0
     out = capfd.readouterr().out
     assert "keep 30.0%, 9.0%, 2.7%" in out and "differs from the checkpoint: base_rate 0.7 -> 0.3" in out

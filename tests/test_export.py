@@ -90,6 +90,31 @@ def test_the_command(saved: Path, tmp_path: Path, image_folder: Path, capsys: py
     assert {line.split()[-1] for line in from_folder.splitlines() if line.startswith("  ")} == set(NAMES)
 
 
+def test_what_was_trained_is_taken_as_it_is(
+    dense_run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A run's folder with the names of its classes, and a checkpoint of a dynamic model."""
+    predict.command([str(dense_run), str(image_folder / "val" / "cats" / "0.jpg")])
+    assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]} == {"cats", "dogs"}
+    model = build()
+    torch.save({"model": model.state_dict(), "spec": model.spec.to_dict()}, tmp_path / "checkpoint_best.pth")
+    export.command([str(tmp_path), "--torch", str(tmp_path / "fast.pt2")])
+    assert "64 of 64 outputs" in capsys.readouterr().out
+    assert exit_status(lambda: export.command([str(tmp_path / "fast.pt2"), "--torch", str(tmp_path / "b.pt2")])) == 2
+    assert "give what it was exported from" in capsys.readouterr().err
+    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
+    assert exit_status(lambda: predict.command([str(tmp_path / "bare.pth"), "a.jpg"])) == 2
+    assert "does not say what model it is of" in capsys.readouterr().err
+
+
+def test_a_photo_that_cannot_be_read(saved: Path, image_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """The others are answered, and the exit status tells."""
+    photos = [str(image_folder / "val" / "cats" / "0.jpg"), str(image_folder / "none.jpg")]
+    assert exit_status(lambda: predict.command([str(saved), *photos])) == 2
+    captured = capsys.readouterr()
+    assert photos[0] in captured.out and "1 of 2 photos cannot be read" in captured.err
+
+
 def test_float16(saved: Path, tmp_path: Path) -> None:
     model, images = from_pretrained(saved), torch.randn(64, 3, 32, 32)
     export.write_onnx(export.exportable(model, half=True), model.spec, tmp_path / "half.onnx", 64)
@@ -176,7 +201,7 @@ def test_files_that_are_no_models(tmp_path: Path, image_folder: Path) -> None:
     for name, reason in (
         ("bad.onnx", "ONNX Runtime cannot run"),
         ("none.onnx", "no such file"),
-        ("none", "no such folder"),
+        ("none", "no such file or folder"),
     ):
         with pytest.raises(ValueError if name == "none" else UserError, match=reason):
             predict.command([str(tmp_path / name), photo])

@@ -1,6 +1,7 @@
 """Every family of backbones, as small random models: same rules, whatever the embedding, blocks and pooling are."""
 
 import copy
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -274,6 +275,11 @@ def test_backbones_that_do_not_fit(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_dynamic(backbone, STAGES, HALF, scorer="attention")
     assert backbone(torch.zeros(1, 3, 64, 64)).shape == (1, 5)  # stays as it was
+
+
+def test_one_number_is_no_keep_rates() -> None:
+    with pytest.raises(ValueError, match=re.escape("geometric_keep_rates(0.7, 2)")):
+        make_dynamic(build(), (1, 2), 0.7)
 
 
 def test_made_dynamic_once() -> None:

@@ -218,7 +218,7 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    assert "no such folder" in refusal(tmp_path / "none")
+    assert "no such file or folder" in refusal(tmp_path / "none")
     assert not looks_like_saved(tmp_path / "none")
     assert not looks_like_saved(tmp_path)
 

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoints import BEST, Place, RunState, read_run, spec_of, temporary_path
+from checkpoints import BEST, Place, RunState, checkpoint_in, read_run, spec_of, temporary_path
 from datasets import (
     IGNORED_LABEL,
     IMAGENET_CLASSES,
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", help="one of timm's names, or of ours (deit_small, ...)")
     add("--images", type=Path, required=True, help="a folder; class folders in it are used only for the report")
     add("--output", type=Path, required=True, help="a new folder for the model and the report")
-    add("--weights", help="a file with the dense model's weights (default: the published ones)")
+    add("--weights", help="a file or folder with the dense model's weights (default: the published ones)")
     add("--input-size", type=number(int, POSITIVE), help="pixels (default: the model's own)")
     add("--speedup", type=number(float, POSITIVE), default=1.6, help="how many times fewer multiply-adds to aim for")
     add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="by hand: blocks before which tokens merge")
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     stop = StopSignal()
     device = utils.pick_device(args.device)
     utils.set_seed(args.seed)
-    content = read_checkpoint(args.weights) if args.weights else None
+    content = read_checkpoint(checkpoint_in(args.weights)) if args.weights else None
     spec = describe(args.model, content, args.input_size)
     spec = choose_stages(spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
     training, held_back = split(args.images, spec)
@@ -171,7 +171,11 @@ def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> StateDict:
             return read_dense_weights(spec, None)
         except CheckpointError as error:  # it speaks of another command's flag
             raise CheckpointError(str(error).replace("--pretrained", "--weights")) from error
-    return backbone_part(find_weights(content))
+    weights = find_weights(content)
+    backbone = backbone_part(weights)
+    if len(backbone) < len(weights):
+        log("the predictors in --weights are left out: tokens are ranked without them")
+    return backbone
 
 
 def choose_stages(
@@ -225,6 +229,10 @@ def split(folder: Path, spec: ModelSpec) -> tuple[ImageFiles, ImageFiles]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder of images: {folder}")
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
+        raise UserError(
+            f"{folder} holds train/ and val/, and both would be trained on; give one of them: --images {folder}/train"
+        )
     found = read_folder(folder, spec.num_classes or None, labelled=False)
     labelled = classes_fit(spec, found.classes)
     chosen: dict[bool, list[tuple[str, int]]] = {False: [], True: []}

@@ -22,9 +22,10 @@ import torch
 from timm.data import create_transform
 from torch import Tensor, nn
 
+from checkpoints import load_model
 from errors import UserError, exit_status
 from image_files import list_images, open_image
-from models import ModelSpec, build_model, from_pretrained, gives_embeddings
+from models import ModelSpec, build_model, gives_embeddings
 from models.saved import config_text, data_config, first_line
 from options import POSITIVE, OneLineParser, number
 from shapes import Shapes
@@ -52,7 +53,7 @@ assert "timm" not in sys.modules
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="export", description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="folder of save_pretrained's, or user/name on the hub")
+    parser.add_argument("model", help="saved model's or run's folder, checkpoint, or user/name on the hub")
     parser.add_argument(
         "--onnx", type=Path, metavar="FILE.onnx", help="for ONNX Runtime and everything that reads ONNX"
     )
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     wanted = check(args)
-    model = from_pretrained(args.model)
+    model = load_model(args.model)
     images = read_images(model.spec, args.images)
     log(f"{args.model}: {model.spec.arch}; checked on {len(images)} {describe_images(args.images)}")
     batch = None if args.dynamic_batch else args.batch_size

@@ -2,6 +2,7 @@
 
 python -m tools.predict fast/ photo.jpg              # a folder of save_pretrained's
 python -m tools.predict user/name photo.jpg          # the same on the Hugging Face hub
+python -m tools.predict logs/my_run photo.jpg        # a trained run's best epoch, or a checkpoint
 python -m tools.predict fast.onnx one.jpg two.jpg    # a file of tools.export's, in ONNX Runtime
 """
 
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from timm.data import create_transform
 from torch import Tensor
 
+from checkpoints import load_model
 from datasets import class_names
 from errors import ImageError, UserError, exit_status
 from image_files import open_image
-from models import ModelSpec, from_pretrained, gives_embeddings
+from models import ModelSpec, gives_embeddings
 from models.saved import data_config, first_line, parse_config
 from options import OneLineParser
 from utils import log
@@ -32,13 +34,13 @@ Runner = Callable[[Tensor], Tensor]  # (B, 3, H, W) preprocessed images -> (B, c
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="predict", description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="folder of save_pretrained's, user/name on the hub, or .onnx file")
+    parser.add_argument("model", help="saved model's or run's folder, checkpoint, user/name on the hub, or .onnx file")
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_saved(args.model)
+    run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_torch(args.model)
     transform = create_transform(**data_config(spec))
     photos, outputs = [], []
     for path in args.photos:
@@ -47,21 +49,16 @@ def main(args: argparse.Namespace) -> None:
             photos.append(path)
         except ImageError as error:
             log(f"warning: {error}")
-    if not photos:
-        raise UserError("none of the photos can be read")
     if gives_embeddings(spec):
         print_embeddings(photos, outputs)
-        return
-    names = class_names(spec)
-    for path, logits in zip(photos, outputs, strict=True):
-        print(path)
-        probabilities, classes = logits.softmax(dim=-1).topk(min(TOP, len(names)))
-        for probability, index in zip(probabilities.tolist(), classes.tolist(), strict=True):
-            print(f"  {probability:6.1%}  {names[index]}")
+    else:
+        print_classes(photos, outputs, class_names(spec))
+    if len(photos) < len(args.photos):
+        raise UserError(f"{len(args.photos) - len(photos)} of {len(args.photos)} photos cannot be read")
 
 
-def load_saved(source: str) -> tuple[Runner, ModelSpec]:
-    model = from_pretrained(source)
+def load_torch(source: str) -> tuple[Runner, ModelSpec]:
+    model = load_model(source)
     return torch.inference_mode()(model), model.spec
 
 
@@ -96,6 +93,14 @@ def require_packages(*names: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"needs {', '.join(missing)}: pip install -r requirements-export.txt")
+
+
+def print_classes(photos: Sequence[Path], outputs: Sequence[Tensor], names: Sequence[str]) -> None:
+    for path, logits in zip(photos, outputs, strict=True):
+        print(path)
+        probabilities, classes = logits.softmax(dim=-1).topk(min(TOP, len(names)))
+        for probability, index in zip(probabilities.tolist(), classes.tolist(), strict=True):
+            print(f"  {probability:6.1%}  {names[index]}")
 
 
 def print_embeddings(photos: Sequence[Path], embeddings: Sequence[Tensor]) -> None:
