@@ -95,6 +95,8 @@ class DistillDiffPruningLoss(DiffPruningLoss):
     mse_token: compare tokens by mean squared error (DeiT: features), else by KL divergence
     (LV-ViT: auxiliary logits).
     distill_weight: of both together. token_weight: of the tokens beside the logits, 0 for none.
+    temperature: of the logits' KL divergence (Hinton et al., arXiv 1503.02531), published: 1. Above it the loss
+    tells more of the classes that the teacher thinks unlikely.
     embeddings: the model has no classifier, and what it gives is compared by cosine, not by KL divergence.
     combine: makes the prediction of (logits, tokens), as predict does. It is what is compared where the tokens are
     not (token_weight 0), as a part of LV-ViT's prediction would otherwise learn nothing.
@@ -110,6 +112,7 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         mse_token: bool = True,
         cls_weight: float = 1.0,
         token_weight: float = 1.0,
+        temperature: float = 1.0,
         embeddings: bool = False,
         combine: Callable[[Tensor, Tensor], Tensor] = lambda logits, tokens: logits,
     ) -> None:
@@ -118,6 +121,7 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         self.distill_weight = distill_weight
         self.mse_token = mse_token
         self.token_weight = token_weight
+        self.temperature = temperature
         self.embeddings = embeddings
         self.combine = combine
 
@@ -131,7 +135,9 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         if self.embeddings:
             parts["cosine"] = difference = cosine_distance(logits, teacher_logits).mean()
         else:
-            parts["cls_kl"] = difference = kl_divergence(logits, teacher_logits).mean()
+            student, target = logits.float() / self.temperature, teacher_logits.float() / self.temperature
+            # times its square, so that gradients are of the same size at every temperature
+            parts["cls_kl"] = difference = kl_divergence(student, target).mean() * self.temperature**2
         if self.token_weight > 0:
             parts["token"] = self.token_loss(tokens, teacher_tokens, keep_mask)
             difference = difference + self.token_weight * parts["token"]

@@ -292,6 +292,11 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         type=number(float, NOT_NEGATIVE),
         help=by_recipe("token_weight", "weight of the token loss within them; the logits' is 1"),
     )
+    add(
+        "--distill-temperature",
+        type=number(float, POSITIVE),
+        help=by_recipe("distill_temperature", "that the logits of both models are divided by to be compared"),
+    )
     add("--smoothing", type=number(float, BELOW_ONE), default=Recipe.smoothing, help="label smoothing")
 
 

@@ -44,6 +44,7 @@ class Recipe:
     ratio_weight: float
     distill_weight: float
     token_weight: float
+    distill_temperature: float
     mixup: float
     cutmix: float
     repeated_aug: bool
@@ -83,6 +84,7 @@ NEURIPS = {
     "ratio_weight": 2.0,
     "distill_weight": 0.5,
     "token_weight": 1.0,
+    "distill_temperature": 1.0,
     "color_jitter": 0.4,
     "aa": "rand-m9-mstd0.5-inc1",
     "scale": (0.08, 1.0),
@@ -116,6 +118,7 @@ RECIPES = {
         "cls_weight": 0.0,
         "distill_weight": 1.0,
         "token_weight": 0.0,
+        "distill_temperature": 2.0,
         "color_jitter": 0.0,
         "aa": "none",
         "scale": (0.5, 1.0),
@@ -235,6 +238,7 @@ def build_criterion(recipe: Recipe, model: nn.Module, teacher: Teacher | None, m
         mse_token=not model.tokens_are_logits,
         cls_weight=recipe.cls_weight,
         token_weight=recipe.token_weight,
+        temperature=recipe.distill_temperature,
         embeddings=gives_embeddings(model.spec),
         combine=model.combine,
     )

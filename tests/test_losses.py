@@ -140,6 +140,13 @@ def test_weights_of_the_total() -> None:
     assert loss.item() == pytest.approx(CLS + 6 / 2 * RATIO + 0.25 * (CLS_KL + 4))
 
 
+def test_temperature() -> None:
+    """At 1/2 probabilities are squared: (1/4, 3/4) become (1/10, 9/10), halves stay, KL is 1/2 log (5 * 5/9)."""
+    tokens = torch.zeros(2, 4, 2)
+    _, parts = distil(tokens, tokens, torch.ones(2, 4), temperature=0.5)
+    assert parts["cls_kl"].item() == pytest.approx(0.5**2 * log(5 / 3) / 2)
+
+
 @pytest.mark.parametrize("mse_token", [True, False])
 def test_nothing_kept_has_no_token_loss(mse_token: bool) -> None:
     tokens, teacher_tokens = torch.randn(2, 2, 4, 2, generator=torch.Generator().manual_seed(0))

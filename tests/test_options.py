@@ -28,6 +28,7 @@ def message(*flags: str) -> str:
     [
         *("--lr inf", "--lr 0", "--lr -1", "--min-lr nan", "--weight-decay nan", "--clip-grad nan", "--clip-grad 0"),
         *("--warmup-epochs nan", "--ratio-weight nan", "--distill-weight inf", "--cls-weight -1", "--mixup nan"),
+        "--distill-temperature 0",
         *("--mixup-prob 2", "--mixup-prob -1", "--reprob 5", "--model-ema-decay 2", "--model-ema-decay -1"),
         *("--model-ema-decay nan", "--backbone-lr-scale -1", "--drop-path 1", "--smoothing 1", "--color-jitter -1"),
         *("--seed 99999999999999999999", "--seed -1", "--mlp-ratio inf", "--epochs 0", "--epochs 1.5"),
@@ -81,7 +82,8 @@ def test_flags_that_do_not_go_together() -> None:
 RECIPE_FLAGS = {
     "epochs": 7, "lr": 0.3, "min_lr": 0.2, "backbone_lr_scale": 0.4, "warmup_epochs": 2.5, "frozen_epochs": 1.5,
     "clip_grad": 3.5, "model_ema_decay": 0.9, "cls_weight": 0.7, "ratio_weight": 9.0, "distill_weight": 0.6,
-    "token_weight": 0.3, "mixup": 0.1, "cutmix": 0.2, "batch_size": 10, "update_freq": 3, "weight_decay": 0.07,
+    "token_weight": 0.3, "distill_temperature": 3.0, "mixup": 0.1, "cutmix": 0.2, "batch_size": 10, "update_freq": 3,
+    "weight_decay": 0.07,
     "smoothing": 0.3, "mixup_prob": 0.4, "mixup_switch_prob": 0.6, "mixup_mode": "pair", "drop_path": 0.15,
     "amp": "bf16", "seed": 5,
 }  # fmt: skip
