@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,11 +24,11 @@ from models import (
     find_weights,
     from_pretrained,
     load_weights,
+    looks_like_saved,
     read_checkpoint,
 )
-from utils import gather, get_rank, is_main_process
-
-LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
+from models.pretrained import BEST, LAST, checkpoint_in
+from utils import gather, get_rank, is_main_process, log
 
 
 @dataclass
@@ -123,26 +123,21 @@ def known_arch(name: object) -> str | None:
     return ours if ours in ARCHS else None
 
 
-def checkpoint_in(path: str | Path, names: Sequence[str] = (BEST, LAST)) -> Path:
-    """The first of these files that a run's folder has; any other path is left as it is."""
-    return next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
-
-
-def load_model(source: str) -> nn.Module:
+def load_model(source: str | Path) -> nn.Module:
     """A model in eval mode on the CPU, as it describes itself.
 
-    source: a folder of save_pretrained's or its name on the hub (see from_pretrained), a run's folder
-    (then its best epoch), or a checkpoint. Raises CheckpointError.
+    source: a saved model's folder or its name on the hub (see from_pretrained), a run's folder (then its best
+    epoch), or a checkpoint. Raises CheckpointError.
     """
-    path = checkpoint_in(source)
-    if not path.is_file():
+    if looks_like_saved(source) or not Path(source).exists():
         return from_pretrained(source)
-    content = read_checkpoint(path)
+    content = read_checkpoint(source)
     spec = spec_of(content)
     if spec is None:
-        raise CheckpointError(f"{path} does not say what model it is of; save one with models.save_pretrained")
+        raise CheckpointError(f"{source} does not say what model it is of; give the folder of a run or a saved model")
     model = build_model(spec)
-    load_weights(model, find_weights(content))
+    for note in load_weights(model, find_weights(content)):
+        log(f"warning: {note}")
     return model.eval()
 
 
@@ -167,7 +162,8 @@ def find_checkpoint(place: Place, changes: Changes) -> Path | None:
     held = last is not None and last.is_file()
     names = (BEST, LAST) if place.evaluating else (LAST,)
     if place.resume == "auto":
-        return checkpoint_in(last.parent, names) if held else None
+        path = place.output_dir and checkpoint_in(place.output_dir, names)
+        return path if path and path.is_file() else None
     if place.resume == "none":
         if held and not place.evaluating:
             raise UserError(f"{place.output_dir} holds an earlier run; choose another --output-dir, or --resume auto")

@@ -180,13 +180,18 @@ def classes_fit(spec: ModelSpec, classes: Sequence[str]) -> bool:
     return len(classes) == spec.num_classes and list(spec.class_names or classes) == list(classes)
 
 
-def class_names(spec: ModelSpec, classes: Sequence[str] = ()) -> Sequence[str]:
-    """A model's own names of its classes, ImageNet's for 1000, the data's if they are as many, or numbers."""
-    if spec.class_names is not None:
-        return spec.class_names
-    if spec.num_classes == IMAGENET_CLASSES:
-        return [name.split(",")[0] for name in ImageNetInfo("imagenet-1k").label_descriptions()]
-    return classes if len(classes) == spec.num_classes else [f"class {i}" for i in range(spec.num_classes)]
+def class_names(spec: ModelSpec, classes: Sequence[str] = ()) -> list[str]:
+    """A model's own names of its classes, ImageNet's for 1000, the data's if they are as many, or numbers.
+
+    ImageNet's WordNet ids are replaced by what they mean.
+    """
+    info = ImageNetInfo("imagenet-1k")
+    wnids = info.label_names()
+    names = spec.class_names or (wnids if spec.num_classes == IMAGENET_CLASSES else classes)
+    if len(names) != spec.num_classes:
+        names = [f"class {i}" for i in range(spec.num_classes)]
+    known = set(wnids)
+    return [info.label_name_to_description(name).split(",")[0] if name in known else name for name in names]
 
 
 def fingerprint(source: Dataset) -> str:
@@ -255,7 +260,8 @@ def read_folder(
         return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder)
     if not found:
         raise UserError(
-            f"no class folders in {folder}; images belong in {folder}/<class>/ (or no labels: --cls-weight 0 --distill)"
+            f"no class folders in {folder}; images belong in {folder}/<class>/ "
+            "(a dynamic model needs no labels with --cls-weight 0 --distill)"
         )
     classes = classes or found
     wnids = ImageNetInfo("imagenet-1k").label_names()

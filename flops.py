@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import ModelSpec, build_model, geometric_keep_rates
 
 BISECTIONS = 20
-LOWEST_RATE = 0.5  # of its tokens that a stage keeps
+LOWEST_RATE = 0.5  # the smallest share of its tokens that a stage may keep
 
 
 def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:

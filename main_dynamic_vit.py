@@ -55,7 +55,7 @@ def main(args: Namespace) -> None:
     read = partial(build_source, options=data, size=image_size(spec), labelled=args.cls_weight > 0 and not args.eval)
     sources = {"validation": read(False)} if args.eval else {"training": read(True), "validation": read(False)}
     num_classes = options.count_classes(args, spec, len(sources["validation"].classes), trained)
-    class_names = options.names_of_classes(args, spec, sources["validation"].classes, num_classes)
+    class_names = options.choose_class_names(args, spec, sources["validation"].classes, num_classes)
     model = build_model(replace(spec, num_classes=num_classes, class_names=class_names), args.drop_path)
     spec = model.spec  # with nothing left open
     if weights is not None and earlier is None:

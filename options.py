@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from checkpoints import BEST, LAST, Place, checkpoint_in, settings_of, spec_of
+from checkpoints import BEST, LAST, Place, settings_of, spec_of
 from clocks import SaveClock
-from datasets import DATA_SETS, IMAGENET_CLASSES, Augmentation, DataOptions
+from datasets import DATA_SETS, Augmentation, DataOptions
 from errors import UserError
 from models import (
     ARCHS,
@@ -24,7 +24,6 @@ from models import (
     find_weights,
     gives_embeddings,
     load_weights,
-    looks_like_saved,
     read_checkpoint,
 )
 from models.pretrained import num_classes_of
@@ -171,7 +170,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-heads", type=number(int, POSITIVE), nargs="+", help="Swin: for each stage (default: the arch's)")
     add("--depths", type=number(int, POSITIVE), nargs="+", help="Swin, ConvNeXt (default: the arch's)")
     add("--window-size", type=number(int, POSITIVE), help="Swin (default: the arch's)")
-    add("--pretrained", help="dense weights to start from (default: the arch's file in pretrained/, or timm's)")
+    add(
+        "--pretrained",
+        help="dense weights to start from, a file or folder (default: the arch's in pretrained/, or timm's)",
+    )
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +212,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--resume",
         default="auto",
-        help="checkpoint or run folder (its last epoch, with --eval its best); "
+        help="checkpoint, or run folder (its last epoch; with --eval, its best); "
         "'auto': the run in --output-dir; 'none': a new run",
     )
     add("--eval", action="store_true", help="evaluate only")
@@ -340,7 +342,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"{name} does not exist here; {RENAMED[name]}")
     args = build_parser().parse_args(words)
     SaveClock(args.save_freq)
-    args.pretrained = args.pretrained and str(checkpoint_in(args.pretrained))
     if args.dense and args.distill:
         raise UserError("--distill teaches a dynamic model; leave it out with --dense")
     return args
@@ -410,7 +411,7 @@ def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[
     add_model_flags and --resume (a checkpoint, a run's folder or a saved model's; None: the newest run under
     logs/). Raises UserError.
     """
-    path = checkpoint_in(args.pretrained) if args.pretrained else locate_checkpoint(args.resume)
+    path = args.pretrained or args.resume or newest_run()
     content = read_checkpoint(path)
     base, weights = spec_of(content), find_weights(content)
     if base is None and args.arch is None:
@@ -426,14 +427,6 @@ def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[
     log(f"{path}: {model.spec.arch}, {model.spec.num_classes} classes")
     trained = not any("untrained" in note for note in notes)
     return model.eval(), trained, settings_of(content)
-
-
-def locate_checkpoint(resume: str | None) -> Path:
-    """The file that --resume means: a file, a run's folder, or None for the newest run under logs/."""
-    path = checkpoint_in(resume or newest_run())
-    if path.is_dir() and not looks_like_saved(path):
-        raise UserError(f"no {BEST} or {LAST} in {path}")
-    return path
 
 
 def newest_run() -> Path:
@@ -529,14 +522,14 @@ def count_classes(args: argparse.Namespace, spec: ModelSpec, known: int, trained
     return wanted
 
 
-def names_of_classes(
+def choose_class_names(
     args: argparse.Namespace, spec: ModelSpec, classes: Sequence[str], num_classes: int
 ) -> tuple[str, ...] | None:
-    """The model's own, where it is not a dense model that learns new ones; else the data's, if they are the model's."""
-    if spec.class_names is not None and (args.eval or not spec.dense):
+    """What to save with the model: its own names, unless it is dense and trains; else those of its labelled data."""
+    if args.eval or (spec.class_names is not None and not spec.dense):
         return spec.class_names
-    named = len(classes) == num_classes != IMAGENET_CLASSES and all(name.isprintable() for name in classes)
-    return tuple(classes) if named and not args.eval else None
+    learned = args.cls_weight > 0 and len(classes) == num_classes and all(name.isprintable() for name in classes)
+    return tuple(classes) if learned else None
 
 
 def place(args: argparse.Namespace) -> Place:

@@ -209,10 +209,8 @@ def make_dynamic(
     patch tokens kept after each of these stages. Raises ValueError if anything does not fit.
     """
     if isinstance(keep_rates, (int, float)):
-        raise ValueError(
-            "keep_rates are one share of all tokens for each stage; for stages that keep the same share of their own, "
-            f"geometric_keep_rates({keep_rates}, {len(pruning_loc)})"
-        )
+        rates = default_keep_rates(backbone, keep_rates, len(pruning_loc))
+        raise ValueError(f"keep_rates needs a share of all tokens for each stage; {keep_rates} would be {rates}")
     if isinstance(backbone, spatial.Backbone):
         if (scorer, reducer) != ("predictor", "drop"):
             raise ValueError(f"a {type(backbone).__name__} has predictors and fast paths; no {scorer} + {reducer}")

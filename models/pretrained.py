@@ -5,6 +5,7 @@ Files are only ever data: torch.load runs with weights_only, so that nothing in 
 
 import argparse
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -19,6 +20,7 @@ from .spatial import Backbone, map_published
 from .spec import CheckpointError, ModelSpec, StateDict
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+BEST, LAST = "checkpoint_best.pth", "checkpoint_last.pth"  # in a run's folder
 EXPORTED = (".onnx", ".pt2")
 WEIGHT_KEYS = ("model", "state_dict")  # ours and DeiT's, timm's; else the file is a bare state dict
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -37,18 +39,20 @@ def backbone_part(weights: StateDict) -> StateDict:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Everything that a .pth, .tar or .safetensors file or a saved model's folder holds, on the CPU.
+    """Everything that a .pth, .tar or .safetensors file holds, or a saved model's folder, or a run's best epoch.
 
-    Raises CheckpointError.
+    On the CPU. Raises CheckpointError.
     """
-    path = Path(path)
     if looks_like_saved(path):
         spec, weights = read_saved(path)
         return {"model": weights, "spec": spec.to_dict()}
+    path = checkpoint_in(path)
+    if path.is_dir():
+        raise CheckpointError(f"no {BEST}, {LAST} or config.json in {path}")
     if not path.is_file():
         raise CheckpointError(f"no such file: {path}")
     if path.suffix in EXPORTED:
-        raise CheckpointError(f"{path} is an exported model, made to be run only; give what it was exported from")
+        raise CheckpointError(f"{path} is an exported model, which can only be run; give what it was exported from")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -67,6 +71,11 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named weights")
     return content
+
+
+def checkpoint_in(path: str | Path, names: Sequence[str] = (BEST, LAST)) -> Path:
+    """The first of these files that a run's folder has; any other path is left as it is."""
+    return next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
 
 
 def find_weights(content: dict) -> StateDict:

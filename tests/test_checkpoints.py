@@ -287,8 +287,9 @@ def test_damaged_files(name: str, content: str, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
-    for path in (tmp_path / "nothing.pth", tmp_path):
-        assert refusal(lambda path=path: read_checkpoint(path)) == f"no such file: {path}"
+    assert refusal(lambda: read_checkpoint(tmp_path / "nothing.pth")) == f"no such file: {tmp_path}/nothing.pth"
+    expected = f"no checkpoint_best.pth, checkpoint_last.pth or config.json in {tmp_path}"
+    assert refusal(lambda: read_checkpoint(tmp_path)) == expected
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], "text", 7])

@@ -424,6 +424,22 @@ def test_evaluation_is_of_the_model_that_was_trained(
     assert "keep 30.0%, 9.0%, 2.7%" in out and "differs from the checkpoint: base_rate 0.7 -> 0.3" in out
 
 
+def test_evaluation_of_an_output_folder(dynamic_run: Path, image_folder: Path, tmp_path: Path, capfd) -> None:
+    """The best epoch, though nothing else is left of the run."""
+    shutil.copy(dynamic_run / "checkpoint_best.pth", tmp_path)
+    args = ["--eval", "--output-dir", str(tmp_path), "--data-path", str(image_folder), "--device", "cpu"]
+    succeeds([*args, "--num-workers", "0"])
+    assert f"checkpoint: {tmp_path}/checkpoint_best.pth" in capfd.readouterr().out
+
+
+def test_folders_of_unlabelled_images_name_no_classes(dynamic_run: Path, image_folder: Path, tmp_path: Path) -> None:
+    assert read_checkpoint(dynamic_run)["spec"]["class_names"] == ["cats", "dogs"]
+    torch.save({"model": read_checkpoint(dynamic_run)["model"]}, tmp_path / "nameless.pth")
+    args = [*TINY_RUN, *PRUNING, "--data-path", str(image_folder), "--pretrained", str(tmp_path / "nameless.pth")]
+    succeeds([*args, "--epochs", "1", "--cls-weight", "0", "--distill", "--output-dir", str(tmp_path / "run")])
+    assert read_checkpoint(tmp_path / "run")["spec"]["class_names"] is None
+
+
 def test_evaluation_without_a_run(dense_run: Path, image_folder: Path, capfd: pytest.CaptureFixture) -> None:
     """Dense weights, made faster on the spot, beside the dense model."""
     args = "--eval --scorer attention --reducer merge --pruning-loc 1 2 --base-rate 0.8 --device cpu".split()

@@ -90,21 +90,30 @@ def test_the_command(saved: Path, tmp_path: Path, image_folder: Path, capsys: py
     assert {line.split()[-1] for line in from_folder.splitlines() if line.startswith("  ")} == set(NAMES)
 
 
-def test_what_was_trained_is_taken_as_it_is(
-    dense_run: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    """A run's folder with the names of its classes, and a checkpoint of a dynamic model."""
+def test_a_run_is_taken_as_it_is(dense_run: Path, image_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """With the names of its classes."""
     predict.command([str(dense_run), str(image_folder / "val" / "cats" / "0.jpg")])
     assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]} == {"cats", "dogs"}
+
+
+def test_a_dynamic_checkpoint_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = build()
     torch.save({"model": model.state_dict(), "spec": model.spec.to_dict()}, tmp_path / "checkpoint_best.pth")
     export.command([str(tmp_path), "--torch", str(tmp_path / "fast.pt2")])
     assert "64 of 64 outputs" in capsys.readouterr().out
-    assert exit_status(lambda: export.command([str(tmp_path / "fast.pt2"), "--torch", str(tmp_path / "b.pt2")])) == 2
-    assert "give what it was exported from" in capsys.readouterr().err
-    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
-    assert exit_status(lambda: predict.command([str(tmp_path / "bare.pth"), "a.jpg"])) == 2
-    assert "does not say what model it is of" in capsys.readouterr().err
+
+
+def test_what_is_no_model_to_start_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "fast.pt2").touch()
+    torch.save({"model": build().state_dict()}, tmp_path / "bare.pth")
+    for source, reason in (
+        (tmp_path / "fast.pt2", "give what it was exported from"),
+        (tmp_path / "bare.pth", "does not say what model it is of"),
+        (tmp_path, "no checkpoint_best.pth, checkpoint_last.pth or config.json"),
+    ):
+        assert exit_status(lambda source=source: predict.command([str(source), "photo.jpg"])) == 2
+        message = capsys.readouterr().err
+        assert reason in message and len(message.splitlines()) == 1
 
 
 def test_a_photo_that_cannot_be_read(saved: Path, image_folder: Path, capsys: pytest.CaptureFixture) -> None:

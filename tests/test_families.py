@@ -278,8 +278,8 @@ def test_backbones_that_do_not_fit(changes: dict, message: str) -> None:
 
 
 def test_one_number_is_no_keep_rates() -> None:
-    with pytest.raises(ValueError, match=re.escape("geometric_keep_rates(0.7, 2)")):
-        make_dynamic(build(), (1, 2), 0.7)
+    with pytest.raises(ValueError, match=re.escape("0.5 would be (0.5, 0.25)")):
+        make_dynamic(build(), (1, 2), 0.5)
 
 
 def test_made_dynamic_once() -> None:

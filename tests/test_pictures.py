@@ -318,7 +318,8 @@ def test_locations_of_a_fast_path_are_not_called_tokens() -> None:
 def test_class_names(folder: Path) -> None:
     data = DataOptions("IMNET", str(folder))
     assert visualize.class_names(SPEC, data) == ["cats", "dogs"]
-    assert visualize.class_names(replace(SPEC, class_names=("ant", "bee")), data) == ("ant", "bee")
+    assert visualize.class_names(replace(SPEC, class_names=("ant", "bee")), data) == ["ant", "bee"]
+    assert visualize.class_names(replace(SPEC, class_names=("n02086240", "bee")), data) == ["Shih-Tzu", "bee"]
     assert visualize.class_names(SPEC, replace(data, data_path=str(folder / "moved"))) == ["class 0", "class 1"]
     assert visualize.class_names(replace(SPEC, num_classes=1000), data)[:2] == ["tench", "goldfish"]
     shapes = replace(SPEC, num_classes=len(Shapes.classes))
@@ -340,7 +341,7 @@ def test_the_newest_run_is_the_default(folder: Path, tmp_path: Path, monkeypatch
     [
         (["photo.png"], "no trained run under logs/"),
         (["photo.png", "--resume", "missing.pth"], "no such file: missing.pth"),
-        (["photo.png", "--resume", "empty"], "no checkpoint_best.pth or checkpoint_last.pth in empty"),
+        (["photo.png", "--resume", "empty"], "no checkpoint_best.pth, checkpoint_last.pth or config.json in empty"),
         (["photo.png", "--resume", "photo.png"], "photo.png is not a checkpoint"),
         (["photo.png", "--pretrained", "bare.pth"], "bare.pth does not name its architecture; add --arch"),
         (["photo.png", "--pretrained", "bare.pth", "--resume", "{run}"], "give one of them"),

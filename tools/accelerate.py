@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoints import BEST, Place, RunState, checkpoint_in, read_run, spec_of, temporary_path
+from checkpoints import BEST, Place, RunState, read_run, spec_of, temporary_path
 from datasets import (
     IGNORED_LABEL,
     IMAGENET_CLASSES,
@@ -66,7 +66,7 @@ from signals import Stopped, StopSignal
 from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
 from utils import log
 
-NUM_STAGES = 9  # at most
+MAX_STAGES = 9
 FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much
 MIN_IMAGES = 50  # to fine-tune with
 MAX_HELD_BACK, MAX_TRAINING = 500, 10_000  # images; more take time and tell little more
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
     stop = StopSignal()
     device = utils.pick_device(args.device)
     utils.set_seed(args.seed)
-    content = read_checkpoint(checkpoint_in(args.weights)) if args.weights else None
+    content = read_checkpoint(args.weights) if args.weights else None
     spec = describe(args.model, content, args.input_size)
     spec = choose_stages(spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
     training, held_back = split(args.images, spec)
@@ -197,7 +197,7 @@ def choose_stages(
     if depth < 2:
         raise UserError(f"{dense.arch} has no transformer blocks to merge tokens between; give a vision transformer")
     first = max(1, depth // 4)
-    count = min(NUM_STAGES, depth - first)
+    count = min(MAX_STAGES, depth - first)
     spread = tuple(first + stage * (depth - first) // count for stage in range(count))
     spec = replace(dense, dense=False, scorer="distinct", reducer="merge", pruning_loc=tuple(pruning_loc or spread))
     if keep_rates is not None:
@@ -229,10 +229,10 @@ def split(folder: Path, spec: ModelSpec) -> tuple[ImageFiles, ImageFiles]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder of images: {folder}")
-    if (folder / "train").is_dir() and (folder / "val").is_dir():
-        raise UserError(
-            f"{folder} holds train/ and val/, and both would be trained on; give one of them: --images {folder}/train"
-        )
+    parts = [part for part in ("train", "val", "test") if (folder / part).is_dir()]
+    if len(parts) > 1:
+        names = " and ".join(f"{part}/" for part in parts)
+        raise UserError(f"{folder} holds {names}, which would all be trained on; give one: --images {folder}/train")
     found = read_folder(folder, spec.num_classes or None, labelled=False)
     labelled = classes_fit(spec, found.classes)
     chosen: dict[bool, list[tuple[str, int]]] = {False: [], True: []}

@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from checkpoints import BEST, LAST, spec_of
+from checkpoints import LAST, load_model
 from datasets import BatchTransform
 from engine import evaluate
 from errors import UserError, exit_status
 from flops import count_gflops
-from models import build_model, find_weights, load_weights, read_checkpoint
+from models import build_model, load_weights, read_checkpoint
 from pictures import contact_sheet, enlarge, prune, save_png, strip
 from shapes import Shapes
 from timing import hardware, interleave
@@ -72,10 +72,7 @@ def main() -> None:
 
 def load_run(folder: Path) -> tuple[nn.Module, float]:
     """A trained model in eval mode, and the best epoch's top-1 in percent."""
-    content = read_checkpoint(folder / BEST)
-    model = build_model(spec_of(content))
-    load_weights(model, find_weights(content))
-    return model.eval(), max(record["val/top1"] for record in content["history"])
+    return load_model(folder), max(record["val/top1"] for record in read_checkpoint(folder)["history"])
 
 
 def report(dense_run: tuple[nn.Module, float], dynamic_run: tuple[nn.Module, float]) -> None:
