@@ -41,7 +41,7 @@ POSITIVE = ("positive", lambda x: x > 0)
 NOT_NEGATIVE = ("0 or more", lambda x: x >= 0)
 SHARE = ("from 0 to 1", lambda x: 0 <= x <= 1)
 BELOW_ONE = ("from 0 to below 1", lambda x: 0 <= x < 1)
-KEEP_RATE = ("keep rates must lie in (0, 1]: above 0 and at most 1", lambda x: 0 < x <= 1)
+KEEP_RATE = ("above 0 and at most 1", lambda x: 0 < x <= 1)
 SEED = ("from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)
 
 # Flags that say what the model is; a checkpoint says it, too.

@@ -213,7 +213,7 @@ def make_dynamic(
         raise ValueError(f"keep_rates needs a share of all tokens for each stage; {keep_rates} would be {rates}")
     if isinstance(backbone, spatial.Backbone):
         if (scorer, reducer) != ("predictor", "drop"):
-            raise ValueError(f"a {type(backbone).__name__} has predictors and fast paths; no {scorer} + {reducer}")
+            raise ValueError(f"a {type(backbone).__name__} needs predictor and drop, got {scorer} and {reducer}")
         return spatial.make_spatial_dynamic(backbone, pruning_loc, keep_rates, merge_streams)
     return pruning.make_dynamic(backbone, pruning_loc, keep_rates, scorer, reducer)
 

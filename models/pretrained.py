@@ -108,7 +108,8 @@ def read_dense_weights(spec: ModelSpec, file: str | None) -> StateDict:
     path = PRETRAINED / name
     if not path.is_file():
         raise CheckpointError(
-            f"no dense weights {path}; get them: sh download_pretrain.sh {spec.arch} (or --pretrained FILE)"
+            f"no dense weights {path}; get them: sh download_pretrain.sh {spec.arch} "
+            "(or --pretrained FILE; to train them: --dense)"
         )
     return find_weights(read_checkpoint(path))
 

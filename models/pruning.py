@@ -43,7 +43,10 @@ def find_adapter(vit: nn.Module) -> ViTAdapter:
     for family, adapter in ADAPTERS.items():
         if isinstance(vit, family):
             return adapter
-    raise ValueError(f"token pruning is for timm's VisionTransformer and Eva, and this is a {type(vit).__name__}")
+    raise ValueError(
+        "only timm's VisionTransformer, Eva, SwinTransformer and ConvNeXt can be dynamic, "
+        f"and this is a {type(vit).__name__}"
+    )
 
 
 def sample_keep_decision(log_probs: Tensor) -> Tensor:

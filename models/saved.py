@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from .factory import build_model, one_side
@@ -55,7 +55,7 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, weights, metadata={"format": "pt"})
+        weights.write_bytes(save(state, metadata={"format": "pt"}))  # save_file leaves it readable for its owner alone
         config.write_text(config_text(spec, sha256_of(weights), **notes))
         flush(weights)
         flush(config)
@@ -96,7 +96,10 @@ def read_saved(folder: str | Path) -> tuple[ModelSpec, StateDict]:
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(f"no {name} in {folder}: not a saved model, or one that was not written to its end")
+            raise CheckpointError(
+                f"no {name} in {folder}: not a saved model, or one that was not written to its end "
+                "(checkpoints.load_model reads a run's folder)"
+            )
     spec, digest = read_config(folder / CONFIG)
     weights = folder / WEIGHTS
     check_shapes(build_on_meta(spec, folder / CONFIG), weights)
@@ -168,13 +171,16 @@ def check_rebuilds(spec: ModelSpec, model: nn.Module) -> None:
     rebuilt = build_on_meta(spec, "the model's description")
     pairs = dict(model.named_modules()), dict(rebuilt.named_modules())
     odd = sorted(pairs[0].keys() ^ pairs[1].keys())
-    odd += [name for name in pairs[0] if name in pairs[1] and settings(pairs[0][name]) != settings(pairs[1][name])]
+    for name in sorted(pairs[0].keys() & pairs[1].keys()):
+        ours, theirs = (settings(modules[name]) for modules in pairs)
+        kinds = sorted(kind for kind in ours.keys() | theirs.keys() if ours.get(kind) != theirs.get(kind))
+        odd += [f"{name or type(model).__name__}.{kind}" for kind in kinds]
     ours, theirs = shapes_of(model.state_dict()), shapes_of(rebuilt.state_dict())
     odd += sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if odd:
         raise CheckpointError(
-            f"this model is not what {spec.arch} builds (it differs in {odd[0] or type(model).__name__}), so it could "
-            "not be loaded again; build it with create_model, or change it in ways that create_model knows"
+            f"this model is not what {spec.arch} builds (it differs in {', '.join(odd[:3])}), so it could not be "
+            "loaded again: of a timm model only its name, its classes and its image size are saved"
         )
 
 

@@ -185,7 +185,7 @@ def test_scaling_compiles_any_number_of_models(monkeypatch: pytest.MonkeyPatch) 
     ("args", "message"),
     [
         (["--input-size", "33"], "patch size 16 does not divide input size 33"),
-        (["--base-rate", "1.5"], "keep rates must lie in (0, 1]"),
+        (["--base-rate", "1.5"], "above 0 and at most 1"),
         (["--scaling", "--keep-rates", "0.5", "0.4", "0.3"], "cannot go with --keep-rates"),
         (["--input", "nowhere"], "no such folder: nowhere"),
         (["--input", "tests", "--train"], "leave out --train"),

@@ -349,7 +349,7 @@ def test_the_newest_run_is_the_default(folder: Path, tmp_path: Path, monkeypatch
         (["missing.png", "--resume", "{run}"], "no image, and no folder of images: missing.png"),
         (["empty", "--resume", "{run}"], "no image, and no folder of images: empty"),
         (["bare.pth", "--resume", "{run}"], "cannot read image bare.pth"),
-        (["photo.png", "--resume", "{run}", "--base-rate", "1.5"], "keep rates must lie in (0, 1]"),
+        (["photo.png", "--resume", "{run}", "--base-rate", "1.5"], "above 0 and at most 1"),
         (["photo.png", "--resume", "{run}", "--count", "0"], "argument --count: must be positive"),
         (["photo.png", "--resume", "{run}", "--output", "bare.pth"], "File exists: 'bare.pth'"),
     ],

@@ -269,3 +269,15 @@ def test_no_network_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert refusal("user/fast").startswith("no folder user/fast")
+
+
+def test_whoever_may_read_one_file_may_read_the_other(tmp_path: Path) -> None:
+    save_pretrained(create_model("deit_tiny", **TINY), tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", in_chans=1)
+    with pytest.raises(CheckpointError, match=r"in_chans.* only its name, its classes and its image size are saved"):
+        save_pretrained(model, tmp_path)

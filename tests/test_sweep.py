@@ -220,7 +220,7 @@ def test_tome_in_a_block() -> None:
     ("args", "message"),
     [
         (["--data-path", "nowhere"], "no data folder nowhere"),
-        (["--base-rates", "0.5", "0"], "keep rates must lie in (0, 1]"),
+        (["--base-rates", "0.5", "0"], "above 0 and at most 1"),
         (["--batch-size", "0"], "must be positive, got 0"),
         (["--device", "toaster"], "unknown --device toaster"),
         (["--scorer", "random"], "--scorer is what a sweep varies"),

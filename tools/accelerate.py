@@ -60,7 +60,7 @@ from models import (
 )
 from models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer
+from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer, pick_amp
 from run import Run, RunOptions, list_bad_images, log_model
 from signals import Stopped, StopSignal
 from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
@@ -236,16 +236,16 @@ def split(folder: Path, spec: ModelSpec) -> tuple[ImageFiles, ImageFiles]:
     found = read_folder(folder, spec.num_classes or None, labelled=False)
     labelled = classes_fit(spec, found.classes)
     chosen: dict[bool, list[tuple[str, int]]] = {False: [], True: []}
-    unreadable = 0
+    unreadable = []
     for path, label in sorted(found.samples(), key=lambda sample: name_hash(sample[0], folder)):
         held_back = name_hash(path, folder) % HELD_BACK_IN == 0
         if len(chosen[held_back]) < (MAX_HELD_BACK if held_back else MAX_TRAINING):
             if is_readable(path, whole=held_back):
                 chosen[held_back].append((path, label if labelled else IGNORED_LABEL))
             else:
-                unreadable += 1
+                unreadable.append(path)
     if unreadable:
-        log(f"warning: {unreadable} file(s) in {folder} cannot be read as images and are left out")
+        log(f"warning: {len(unreadable)} file(s) cannot be read as images and are left out, as {unreadable[0]}")
     usable = len(chosen[False]) + len(chosen[True])
     if usable == 0:
         raise UserError(f"no image that can be read in {folder}")
@@ -418,6 +418,8 @@ class FineTuning:
             settings=settings,
         )
         trainer = self.trainer(recipe, self.model, steps)
+        if (dtype := pick_amp(recipe.amp, self.device)) is not None:
+            log(f"epochs are measured in {str(dtype).removeprefix('torch.')}, all else in float32")
         state = RunState.from_content(earlier) if earlier else None
         return Run(run_options, trainer, self.teacher, self.loader(steps), self.val_loader, gflops, stop, state)
 
