@@ -470,7 +470,9 @@ def with_recipe(args: argparse.Namespace, spec: ModelSpec) -> argparse.Namespace
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.cls_weight == 0 and not args.distill and not args.eval:
-        raise UserError("--cls-weight 0 leaves nothing to learn from; use --distill (dynamic models only)")
+        raise UserError(
+            "--cls-weight 0 (as in --recipe label-free) leaves nothing to learn from but the dense model: add --distill"
+        )
     return args
 
 

@@ -169,7 +169,7 @@ def load_weights(model: nn.Module, weights: StateDict, new_head: bool = False) -
     ]
     if problems:
         raise CheckpointError(
-            f"the weights do not fit the model (another --arch, size, or --dense?); {'; '.join(problems)}"
+            f"the weights do not fit the model (another --arch, size, --pruning-loc, --dense?); {'; '.join(problems)}"
         )
     model.load_state_dict(weights, strict=False)
     if untrained:

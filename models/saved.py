@@ -76,6 +76,8 @@ def from_pretrained(source: str | Path, revision: str | None = None) -> nn.Modul
     class_names (None if they were not saved). Raises CheckpointError for anything missing or not fitting.
     """
     folder = Path(source)
+    if folder.is_file():
+        raise CheckpointError(f"{source} is not a saved model's folder (checkpoints.load_model reads checkpoints)")
     if not folder.is_dir():
         folder = download(str(source), revision)
     spec, weights = read_saved(folder)

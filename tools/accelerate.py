@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoints import BEST, Place, RunState, read_run, spec_of, temporary_path
+from checkpoints import BEST, LAST, Place, RunState, read_run, spec_of, temporary_path
 from datasets import (
     IGNORED_LABEL,
     IMAGENET_CLASSES,
@@ -145,7 +145,10 @@ def main(args: argparse.Namespace) -> None:
             stopped = error
         comparison.history = run.progress.history
         list_bad_images(run.progress.bad_images)
-        keep_better(fast, weights, args.output / TRAINING / BEST, comparison, loader)
+        # By its end the learning rate has come down to 0. That tells more than a few images, among which an earlier
+        # epoch may look better by chance.
+        epoch = BEST if stopped else LAST
+        keep_better(fast, weights, args.output / TRAINING / epoch, comparison, loader)
     finish(args.output, fast, teacher.vit, comparison, notes, stopped)
 
 
@@ -251,8 +254,8 @@ def split(folder: Path, spec: ModelSpec) -> tuple[ImageFiles, ImageFiles]:
         raise UserError(f"no image that can be read in {folder}")
     if usable < MIN_IMAGES or not chosen[True]:
         log(
-            f"warning: only {usable} usable images, and fine-tuning needs at least {MIN_IMAGES}: "
-            "the model is made faster without it, and the figures in the report are rough"
+            f"warning: only {usable} usable images: the report's figures are rough, and the model is not fine-tuned, "
+            f"which takes at least {MIN_IMAGES}"
         )
         chosen = {False: [], True: chosen[False] + chosen[True]}
     classes = found.classes if labelled else ()
@@ -424,10 +427,10 @@ class FineTuning:
         return Run(run_options, trainer, self.teacher, self.loader(steps), self.val_loader, gflops, stop, state)
 
 
-def keep_better(fast: nn.Module, weights: StateDict, best: Path, comparison: Comparison, loader: DataLoader) -> None:
-    """Leaves in the model the best epoch's weights, or those that it began with if these do better."""
-    if best.is_file():
-        load_weights(fast, find_weights(read_checkpoint(best)))
+def keep_better(fast: nn.Module, weights: StateDict, tuned: Path, comparison: Comparison, loader: DataLoader) -> None:
+    """Leaves in the model the weights that fine-tuning came to, or those that it began with if these do better."""
+    if tuned.is_file():
+        load_weights(fast, find_weights(read_checkpoint(tuned)))
         log(comparison.add(TUNED, ask(fast, loader, next(fast.parameters()).device)))
         if comparison.better_of(MERGED, TUNED) == TUNED:
             return

@@ -106,6 +106,8 @@ def build_parser() -> OneLineParser:
 def main(args: argparse.Namespace) -> None:
     if Figure is None:
         raise UserError("the plot needs matplotlib; get it: pip install -r requirements-dev.txt")
+    if (args.output / "sweep.csv").exists():
+        raise UserError(f"{args.output} holds an earlier sweep; choose another --output, or remove it")
     for name in VARIED:
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} is what a sweep varies: use --base-rates and --methods")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 import datasets
 import options
 import pictures
-import utils
 from datasets import DATA_SETS, DataOptions, build_source, eval_transform, is_native
 from errors import ImageError, UserError, exit_status
 from image_files import list_images, open_image
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     check(args)
     model, trained, settings = options.load_trained_model(args)
-    model.to(utils.pick_device("auto"))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = run_data(settings)
     classes = () if gives_embeddings(model.spec) else class_names(model.spec, data)
     args.output.mkdir(parents=True, exist_ok=True)
