@@ -242,8 +242,8 @@ class TestBadInput:
         ("args", "expected"),
         [
             (["--arch", "deit_huge"], ["deit_huge", "deit_small", "lvvit_m"]),
-            (["--base_rate", "0"], ["keep rates", "(0, 1]"]),
-            (["--base-rate", "1.2"], ["keep rates", "(0, 1]"]),
+            (["--base_rate", "0"], ["above 0 and at most 1"]),
+            (["--base-rate", "1.2"], ["above 0 and at most 1"]),
             (["--input-size", "30"], ["patch size 8", "30"]),
             (["--pruning-loc", "1", "2", "9"], ["0..3", "9"]),
             (["--batch-size", "64"], ["64", "20", "smaller"]),
