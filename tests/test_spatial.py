@@ -1,12 +1,15 @@
 """Dynamic Swin and ConvNeXt: which locations go where, on any of timm's, at any size and in any dtype."""
 
 import copy
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import DEVICES
+from conftest import DEVICES, MAIN, launch, run_main
 from timm.models import SwinTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -452,3 +455,24 @@ def test_two_stages_are_too_few() -> None:
     backbone = SwinTransformer(img_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 1), window_size=2)
     with pytest.raises(ValueError, match="third stage, and this model has 2"):
         make_spatial_dynamic(backbone, [0], [0.5])
+
+
+@pytest.mark.parametrize("arch", ["swin_t", "convnext_t"])
+def test_the_command_trains(arch: str, tmp_path: Path) -> None:
+    """Dense, dynamic with a teacher in two processes, evaluated from the checkpoint alone."""
+    sizes = "--embed-dim 16 --depths 1 1 4 1 --num-classes 9 --input-size 32".split()
+    sizes += "--num-heads 1 2 4 8 --window-size 2".split() if arch == "swin_t" else []
+    common = [*"--data-set SHAPES --device cpu --amp off --num-workers 0 --batch-size 250".split()]
+    common += "--epochs 1 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0 --print-freq 4 --repeated-aug".split()
+    dense = run_main("--arch", arch, *sizes, *common, "--dense", "--output-dir", tmp_path / "dense")
+    assert dense.returncode == 0, dense.stderr
+    options = ["--distill", "--dist-eval", "--pretrained", tmp_path / "dense" / "checkpoint_last.pth"]
+    options += ["--output-dir", tmp_path / "dynamic"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(MAIN)]
+    dynamic = launch([*launcher, *common, *map(str, options)])
+    assert dynamic.returncode == 0, dynamic.stderr
+    (record,) = map(json.loads, (tmp_path / "dynamic" / "log.txt").read_text().splitlines())
+    assert record["val/images"] == 2000 and 0 < record["train/token"] < 10
+    evaluated = run_main("--eval", "--resume", tmp_path / "dynamic", "--data-set", "SHAPES", "--device", "cpu")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "keep 70.0%, 50.0%, 30.0%" in evaluated.stdout and "on 2000 images" in evaluated.stdout
