@@ -131,7 +131,11 @@ def load_model(source: str | Path) -> nn.Module:
     """
     if looks_like_saved(source) or not Path(source).exists():
         return from_pretrained(source)
-    content = read_checkpoint(source)
+    return restore_model(read_checkpoint(source), source)
+
+
+def restore_model(content: dict[str, Any], source: str | Path) -> nn.Module:
+    """As load_model, from what read_checkpoint has read. source: its name, for messages."""
     spec = spec_of(content)
     if spec is None:
         raise CheckpointError(f"{source} does not say what model it is of; give the folder of a run or a saved model")

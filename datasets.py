@@ -31,6 +31,7 @@ from utils import get_rank, get_world_size, log, max_over_processes
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
 # Images of these are small; they are trained on at their own size where the model's input size is the same.
 NATIVE_SIZE = {"CIFAR": (32, 32), "CIFAR10": (32, 32)}
+PARTS = ("train", "val", "test")  # folders of a data set, which are no classes
 IGNORED_LABEL = -100  # of an image that does not count, or has no label; torch's own default for this
 MAX_BAD_IMAGES = 100  # in a row; more of them look like a disk that is gone
 IMAGENET_CLASSES = 1000
@@ -175,7 +176,7 @@ def find_source(train: bool, options: DataOptions, size: Size, labelled: bool) -
 
 def classes_fit(spec: ModelSpec, classes: Sequence[str]) -> bool:
     """Whether the images' classes are the model's, so that accuracy means something."""
-    if len(classes) == 0 or set(classes) <= {"train", "val", "test"}:  # a data set's parts, taken as a whole
+    if len(classes) == 0 or set(classes) <= set(PARTS):  # taken as a whole
         return False
     return len(classes) == spec.num_classes and list(spec.class_names or classes) == list(classes)
 

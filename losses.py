@@ -21,9 +21,10 @@ def ratio_loss(keep_decisions: Sequence[Tensor], keep_rates: Sequence[float]) ->
     )
 
 
-def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """(..., classes) logits -> (...) KL divergence with the teacher's distribution as the target."""
-    student, teacher = (F.log_softmax(logits.float(), dim=-1) for logits in (student, teacher))
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """(..., classes) logits, divided by the temperature -> (...) KL divergence with the teacher's distribution as the
+    target."""
+    student, teacher = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (student, teacher))
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
@@ -135,9 +136,9 @@ class DistillDiffPruningLoss(DiffPruningLoss):
         if self.embeddings:
             parts["cosine"] = difference = cosine_distance(logits, teacher_logits).mean()
         else:
-            student, target = logits.float() / self.temperature, teacher_logits.float() / self.temperature
+            divergence = kl_divergence(logits, teacher_logits, self.temperature).mean()
             # times its square, so that gradients are of the same size at every temperature
-            parts["cls_kl"] = difference = kl_divergence(student, target).mean() * self.temperature**2
+            parts["cls_kl"] = difference = divergence * self.temperature**2
         if self.token_weight > 0:
             parts["token"] = self.token_loss(tokens, teacher_tokens, keep_mask)
             difference = difference + self.token_weight * parts["token"]

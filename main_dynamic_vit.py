@@ -29,7 +29,7 @@ from flops import dense_and_dynamic_gflops
 from models import ModelSpec, Teacher, build_model, build_teacher, find_weights, load_weights, read_checkpoint
 from models.factory import image_size
 from models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
-from recipe import build_trainer, pick_amp
+from recipe import build_trainer, pick_amp, precision_name
 from run import Run, list_bad_images, log_model, print_summary, report_accuracy
 from signals import StopSignal
 from utils import log
@@ -69,7 +69,7 @@ def main(args: Namespace) -> None:
     log_model(model, gflops)
     counts = " and ".join(f"{len(source)} {name}" for name, source in sources.items())
     log(f"{args.data_set} {args.data_path}: {counts} images, {spec.num_classes} classes")
-    precision = str(pick_amp(args.amp, device) or "float32").removeprefix("torch.")
+    precision = precision_name(pick_amp(args.amp, device))
     log(f"{utils.get_world_size()} process(es) on {device.type}, {args.batch_size} images each, {precision}")
     if args.eval:
         evaluate_only(args, model, teacher, sources["validation"], device, earlier)

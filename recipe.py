@@ -253,6 +253,11 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
+def precision_name(amp_dtype: torch.dtype | None) -> str:
+    """What pick_amp has picked, for the log."""
+    return str(amp_dtype or torch.float32).removeprefix("torch.")
+
+
 def build_scaler(device: torch.device, amp_dtype: torch.dtype | None) -> torch.amp.GradScaler:
     """Only float16 needs its loss scaled; elsewhere the scale stays 1 and only the scaler's check
     for gradients that are not finite is used."""

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -174,16 +174,19 @@ def check_rebuilds(spec: ModelSpec, model: nn.Module) -> None:
     pairs = dict(model.named_modules()), dict(rebuilt.named_modules())
     odd = sorted(pairs[0].keys() ^ pairs[1].keys())
     for name in sorted(pairs[0].keys() & pairs[1].keys()):
-        ours, theirs = (settings(modules[name]) for modules in pairs)
-        kinds = sorted(kind for kind in ours.keys() | theirs.keys() if ours.get(kind) != theirs.get(kind))
+        kinds = differing(*(settings(modules[name]) for modules in pairs))
         odd += [f"{name or type(model).__name__}.{kind}" for kind in kinds]
-    ours, theirs = shapes_of(model.state_dict()), shapes_of(rebuilt.state_dict())
-    odd += sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    odd += differing(shapes_of(model.state_dict()), shapes_of(rebuilt.state_dict()))
     if odd:
         raise CheckpointError(
             f"this model is not what {spec.arch} builds (it differs in {', '.join(odd[:3])}), so it could not be "
             "loaded again: of a timm model only its name, its classes and its image size are saved"
         )
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, or that only one of them has."""
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
 def settings(module: nn.Module) -> dict[str, Any]:
@@ -256,8 +259,7 @@ def check_shapes(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged ({first_line(error)})") from error
     expected = shapes_of(model.state_dict())
-    odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if odd:
+    if odd := differing(found, expected):
         name = odd[0]
         raise CheckpointError(
             f"{path} does not fit its {CONFIG}: {name} is {found.get(name, 'missing')} in the file and "

@@ -12,6 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "main_dynamic_vit.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 # A model that trains in seconds, on images that need no network.
 TINY_MODEL = "--arch deit_tiny --input-size 32 --patch-size 8 --embed-dim 32 --depth 4 --num-heads 2".split()
 TINY_RUN = [

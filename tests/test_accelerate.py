@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import ONE_THREAD, ROOT, launch, write_images
+from conftest import ONE_THREAD, ROOT, TORCHRUN, launch, write_images
 from safetensors.torch import load_file
 
 import engine
 import models
-from datasets import AugmentedDataset
+from datasets import AugmentedDataset, classes_fit
 from errors import exit_status
 from recipe import RECIPES
 from tools import accelerate, accelerate_report
@@ -246,6 +246,10 @@ def one_line_error(capsys: pytest.CaptureFixture) -> str:
     return lines[0]
 
 
+def test_parts_of_a_data_set_are_no_classes() -> None:
+    assert classes_fit(TWO_CLASSES, ["cats", "dogs"]) and not classes_fit(TWO_CLASSES, ["test", "train"])
+
+
 @pytest.mark.parametrize("other", ["val", "test"])
 def test_validation_images_are_not_trained_on(other: str, weights: Path, photos: Path, tmp_path: Path, capsys) -> None:
     for part in ("train", other):
@@ -341,7 +345,7 @@ def test_same_thing_with_all_knobs_under_torchrun(weights: Path, photos: Path, t
         for i, path in enumerate(sorted(photos.rglob("*.jpg"))[:24]):
             shutil.copy(path, data / name / f"{i}.jpg")
     flags = "--scorer attention --reducer merge --distill --cls-weight 0 --epochs 1 --batch-size 4 --num-workers 0"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*TORCHRUN, "--nproc_per_node", "2"]
     command += [str(ROOT / "main_dynamic_vit.py"), *flags.split(), "--device", "cpu", "--pretrained", str(weights)]
     command += ["--data-path", str(data), "--output-dir", str(tmp_path / "run"), "--pruning-loc", "1", "2", "3"]
     result = launch(command)

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_MODEL, TINY_RUN, launch, needs_gpu, run_main, write_images
+from conftest import (
+    MAIN,
+    ONE_THREAD,
+    PRUNING,
+    ROOT,
+    TINY_MODEL,
+    TINY_RUN,
+    TORCHRUN,
+    launch,
+    needs_gpu,
+    run_main,
+    write_images,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import utils
@@ -19,8 +31,6 @@ from clocks import SaveClock
 from errors import exit_status
 from main_dynamic_vit import command
 from models import read_checkpoint
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def distill(image_folder: Path, dense_run: Path) -> list[str]:
@@ -242,8 +252,8 @@ class TestBadInput:
         ("args", "expected"),
         [
             (["--arch", "deit_huge"], ["deit_huge", "deit_small", "lvvit_m"]),
-            (["--base_rate", "0"], ["above 0 and at most 1"]),
-            (["--base-rate", "1.2"], ["above 0 and at most 1"]),
+            (["--base_rate", "0"], ["--base-rate", "above 0 and at most 1", "got 0"]),
+            (["--base-rate", "1.2"], ["--base-rate", "above 0 and at most 1", "got 1.2"]),
             (["--input-size", "30"], ["patch size 8", "30"]),
             (["--pruning-loc", "1", "2", "9"], ["0..3", "9"]),
             (["--batch-size", "64"], ["64", "20", "smaller"]),

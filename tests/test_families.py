@@ -259,7 +259,9 @@ def test_one_graph(family: str, scorer: str) -> None:
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(ValueError, match="can be dynamic, and this is a ResNet"):
+    with pytest.raises(
+        ValueError, match="VisionTransformer, Eva, SwinTransformer and ConvNeXt can be dynamic, and this is a ResNet"
+    ):
         make_dynamic(timm.create_model("resnet18"), STAGES, HALF)
 
 

@@ -2,14 +2,13 @@
 
 import copy
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import DEVICES, MAIN, launch, run_main
+from conftest import DEVICES, MAIN, TORCHRUN, launch, run_main
 from timm.models import SwinTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -468,7 +467,7 @@ def test_the_command_trains(arch: str, tmp_path: Path) -> None:
     assert dense.returncode == 0, dense.stderr
     options = ["--distill", "--dist-eval", "--pretrained", tmp_path / "dense" / "checkpoint_last.pth"]
     options += ["--output-dir", tmp_path / "dynamic"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(MAIN)]
+    launcher = [*TORCHRUN, "--nproc_per_node=2", str(MAIN)]
     dynamic = launch([*launcher, *common, *map(str, options)])
     assert dynamic.returncode == 0, dynamic.stderr
     (record,) = map(json.loads, (tmp_path / "dynamic" / "log.txt").read_text().splitlines())

@@ -33,6 +33,7 @@ from checkpoints import BEST, LAST, Place, RunState, read_run, spec_of, temporar
 from datasets import (
     IGNORED_LABEL,
     IMAGENET_CLASSES,
+    PARTS,
     AugmentedDataset,
     BatchTransform,
     build_train_loader,
@@ -60,7 +61,7 @@ from models import (
 )
 from models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer, pick_amp
+from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer, pick_amp, precision_name
 from run import Run, RunOptions, list_bad_images, log_model
 from signals import Stopped, StopSignal
 from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
@@ -232,7 +233,7 @@ def split(folder: Path, spec: ModelSpec) -> tuple[ImageFiles, ImageFiles]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder of images: {folder}")
-    parts = [part for part in ("train", "val", "test") if (folder / part).is_dir()]
+    parts = [part for part in PARTS if (folder / part).is_dir()]
     if len(parts) > 1:
         names = " and ".join(f"{part}/" for part in parts)
         raise UserError(f"{folder} holds {names}, which would all be trained on; give one: --images {folder}/train")
@@ -422,7 +423,7 @@ class FineTuning:
         )
         trainer = self.trainer(recipe, self.model, steps)
         if (dtype := pick_amp(recipe.amp, self.device)) is not None:
-            log(f"epochs are measured in {str(dtype).removeprefix('torch.')}, all else in float32")
+            log(f"epochs are measured in {precision_name(dtype)}, all else in float32")
         state = RunState.from_content(earlier) if earlier else None
         return Run(run_options, trainer, self.teacher, self.loader(steps), self.val_loader, gflops, stop, state)
 

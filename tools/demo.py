@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from checkpoints import LAST, load_model
+from checkpoints import LAST, restore_model
 from datasets import BatchTransform
 from engine import evaluate
 from errors import UserError, exit_status
@@ -72,7 +72,8 @@ def main() -> None:
 
 def load_run(folder: Path) -> tuple[nn.Module, float]:
     """A trained model in eval mode, and the best epoch's top-1 in percent."""
-    return load_model(folder), max(record["val/top1"] for record in read_checkpoint(folder)["history"])
+    content = read_checkpoint(folder)
+    return restore_model(content, folder), max(record["val/top1"] for record in content["history"])
 
 
 def report(dense_run: tuple[nn.Module, float], dynamic_run: tuple[nn.Module, float]) -> None:

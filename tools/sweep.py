@@ -44,7 +44,7 @@ from models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model, gives_
 from models.factory import default_keep_rates
 from models.pruning import TokenPruning, choose_attention
 from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, RUNS, OneLineParser, add_model_flags, load_trained_model, number
-from recipe import AMP_DTYPES, pick_amp
+from recipe import AMP_DTYPES, pick_amp, precision_name
 from timing import hardware
 from tools.tome import ToMe
 from utils import log
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     transform = BatchTransform(device, spec.preprocessing.mean, spec.preprocessing.std)
     models = build_models(model.to(device), args.methods, trained, device)
 
-    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    precision = precision_name(amp_dtype)
     title = f"{spec.arch}, {len(source)} images; {hardware(device.type)}, {precision}, batches of {args.batch_size}"
     log(title)
     report = Report(args.output, title)
