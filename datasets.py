@@ -12,6 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dynamicvit.data.shapes import Shapes
+from dynamicvit.errors import ImageError, UserError
+from dynamicvit.image_files import ImageFiles, class_folders, list_images, scan
+from dynamicvit.models.spec import ModelSpec, Preprocessing
+from dynamicvit.samplers import TrainSampler
+from dynamicvit.signals import ignore_stop_signals
+from dynamicvit.utils import get_rank, get_world_size, log, max_over_processes
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform
 from timm.data.random_erasing import RandomErasing
@@ -19,14 +26,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
-
-from errors import ImageError, UserError
-from image_files import ImageFiles, class_folders, list_images, scan
-from models.spec import ModelSpec, Preprocessing
-from samplers import TrainSampler
-from shapes import Shapes
-from signals import ignore_stop_signals
-from utils import get_rank, get_world_size, log, max_over_processes
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
 # Images of these are small; they are trained on at their own size where the model's input size is the same.

@@ -7,16 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from dynamicvit.datasets import IGNORED_LABEL
+from dynamicvit.errors import UserError
+from dynamicvit.losses import cosine_distance, kl_divergence
+from dynamicvit.models import gives_embeddings
+from dynamicvit.recipe import Trainer, set_rates
+from dynamicvit.runs.clocks import Eta
+from dynamicvit.utils import derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from clocks import Eta
-from datasets import IGNORED_LABEL
-from errors import UserError
-from losses import cosine_distance, kl_divergence
-from models import gives_embeddings
-from recipe import Trainer, set_rates
-from utils import derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
 
 MAX_BAD_STEPS = 20  # in a row, before a run gives up
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-
-from models import ModelError
-from signals import Stopped, die_of_stop_signals, end_loader_processes, ignore_stop_signals
-from utils import LaunchError, is_main_process, log
+from dynamicvit.models import ModelError
+from dynamicvit.signals import Stopped, die_of_stop_signals, end_loader_processes, ignore_stop_signals
+from dynamicvit.utils import LaunchError, is_main_process, log
 
 
 class UserError(Exception):

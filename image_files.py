@@ -7,11 +7,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from dynamicvit.errors import ImageError
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from errors import ImageError
 
 # What Pillow raises for a file that is no image, is damaged, or is too large to be one.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)

@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-
-import options
-import utils
-from checkpoints import RunState, read_run, spec_of
-from datasets import (
+from dynamicvit.datasets import (
     AugmentedDataset,
     BatchTransform,
     build_source,
@@ -23,16 +17,29 @@ from datasets import (
     eval_transform,
     train_transform,
 )
-from engine import evaluate
-from errors import exit_status
-from flops import dense_and_dynamic_gflops
-from models import ModelSpec, Teacher, build_model, build_teacher, find_weights, load_weights, read_checkpoint
-from models.factory import image_size
-from models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
-from recipe import build_trainer, pick_amp, precision_name
-from run import Run, list_bad_images, log_model, print_summary, report_accuracy
-from signals import StopSignal
-from utils import log
+from dynamicvit.engine import evaluate
+from dynamicvit.errors import exit_status
+from dynamicvit.models import (
+    ModelSpec,
+    Teacher,
+    build_model,
+    build_teacher,
+    find_weights,
+    load_weights,
+    read_checkpoint,
+)
+from dynamicvit.models.factory import image_size
+from dynamicvit.models.flops import dense_and_dynamic_gflops
+from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
+from dynamicvit.recipe import build_trainer, pick_amp, precision_name
+from dynamicvit.runs.checkpoints import RunState, read_run, spec_of
+from dynamicvit.runs.run import Run, list_bad_images, log_model, print_summary, report_accuracy
+from dynamicvit.signals import StopSignal
+from dynamicvit.utils import log
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from dynamicvit import options, utils
 
 
 def main(args: Namespace) -> None:

@@ -9,13 +9,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
-from checkpoints import BEST, LAST, Place, settings_of, spec_of
-from clocks import SaveClock
-from datasets import DATA_SETS, Augmentation, DataOptions
-from errors import UserError
-from models import (
+from dynamicvit.datasets import DATA_SETS, Augmentation, DataOptions
+from dynamicvit.errors import UserError
+from dynamicvit.models import (
     ARCHS,
     REDUCERS,
     SCORERS,
@@ -26,11 +22,14 @@ from models import (
     load_weights,
     read_checkpoint,
 )
-from models.pretrained import num_classes_of
-from models.spec import SIZES
-from recipe import AMP_DTYPES, RECIPES, Recipe
-from run import RunOptions
-from utils import log, set_seed
+from dynamicvit.models.pretrained import num_classes_of
+from dynamicvit.models.spec import SIZES
+from dynamicvit.recipe import AMP_DTYPES, RECIPES, Recipe
+from dynamicvit.runs.checkpoints import BEST, LAST, Place, settings_of, spec_of
+from dynamicvit.runs.clocks import SaveClock
+from dynamicvit.runs.run import RunOptions
+from dynamicvit.utils import log, set_seed
+from torch import nn
 
 Number = int | float
 T = TypeVar("T")

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dynamicvit.datasets import Augmentation, BatchTransform
+from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
+from dynamicvit.models import Teacher, gives_embeddings
+from dynamicvit.models.pretrained import is_new
+from dynamicvit.utils import get_world_size
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-
-from datasets import Augmentation, BatchTransform
-from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
-from models import Teacher, gives_embeddings
-from models.pretrained import is_new
-from utils import get_world_size
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 PREDICTOR, BACKBONE = "predictor", "backbone"  # names of parameter groups

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from itertools import islice
 
+from dynamicvit.utils import derive_seed
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import Dataset, DistributedSampler, Sampler
-
-from utils import derive_seed
 
 
 class TrainSampler(Sampler):

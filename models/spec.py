@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -31,6 +32,11 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
     crop_pct: float = 224 / 256
     interpolation: str = "bicubic"
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 images -> float32, as the model takes them."""
+        mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (self.mean, self.std))
+        return images.float().sub_(mean).div_(std)
 
 
 # Largest sizes that a description may ask for. Beyond any model that exists, and small enough that a

@@ -13,14 +13,13 @@ import pytest
 import timm
 import torch
 from conftest import ONE_THREAD, ROOT, TORCHRUN, launch, write_images
+from dynamicvit.datasets import AugmentedDataset, classes_fit
+from dynamicvit.errors import exit_status
+from dynamicvit.recipe import RECIPES
+from dynamicvit.tools import accelerate, accelerate_report
 from safetensors.torch import load_file
 
-import engine
-import models
-from datasets import AugmentedDataset, classes_fit
-from errors import exit_status
-from recipe import RECIPES
-from tools import accelerate, accelerate_report
+from dynamicvit import engine, models
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 TWO_CLASSES = models.ModelSpec(num_classes=2)
@@ -332,7 +331,7 @@ def test_without_network_weights_can_be_given(photos: Path, tmp_path: Path, caps
             raise OSError("no network")
         return build(*names, **options)
 
-    monkeypatch.setattr("models.pretrained.timm.create_model", offline)
+    monkeypatch.setattr("dynamicvit.models.pretrained.timm.create_model", offline)
     words = ["vit_tiny_patch16_224", "--images", photos, "--output", tmp_path / "fast", "--base-rate", "0.8"]
     assert exit_status(lambda: accelerate.command([str(word) for word in words])) == 2
     assert "give --weights" in one_line_error(capsys)

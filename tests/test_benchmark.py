@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, write_images
+from dynamicvit.errors import exit_status
+from dynamicvit.models import ARCHS, create_model
+from dynamicvit.models.flops import count_gflops
+from dynamicvit.tools import benchmark
 from torch._dynamo.testing import CompileCounter
-
-from errors import exit_status
-from flops import count_gflops
-from models import ARCHS, create_model
-from tools import benchmark
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--arch", "deit_tiny", "--input-size", "32", "--batch-size", "2", "--repeats", "2", "--device", "cpu"]

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamicvit.models import CheckpointError, create_model, find_weights, load_weights, read_checkpoint
+from dynamicvit.runs.checkpoints import write_checkpoint
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-
-from checkpoints import write_checkpoint
-from models import CheckpointError, create_model, find_weights, load_weights, read_checkpoint
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 2}
 KINDS = ("deit_small", "lvvit_s")

@@ -24,13 +24,13 @@ from conftest import (
     run_main,
     write_images,
 )
+from dynamicvit.errors import exit_status
+from dynamicvit.main_dynamic_vit import command
+from dynamicvit.models import read_checkpoint
+from dynamicvit.runs.clocks import SaveClock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import utils
-from clocks import SaveClock
-from errors import exit_status
-from main_dynamic_vit import command
-from models import read_checkpoint
+from dynamicvit import utils
 
 
 def distill(image_folder: Path, dense_run: Path) -> list[str]:

@@ -14,13 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
-from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.datasets import CIFAR10, ImageFolder
-
-import datasets
-from datasets import (
+from dynamicvit.datasets import (
     IGNORED_LABEL,
     Augmentation,
     AugmentedDataset,
@@ -36,10 +30,16 @@ from datasets import (
     seed_cpu,
     train_transform,
 )
-from errors import ImageError, UserError
-from image_files import ImageFiles, list_images, open_image
-from models.spec import Preprocessing
-from utils import set_seed
+from dynamicvit.errors import ImageError, UserError
+from dynamicvit.image_files import ImageFiles, list_images, open_image
+from dynamicvit.models.spec import Preprocessing
+from dynamicvit.utils import set_seed
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, ImageFolder
+
+from dynamicvit import datasets
 
 CPU = torch.device("cpu")
 IMAGENET = Preprocessing()

@@ -10,8 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
-from models import ARCHS
+from dynamicvit.models import ARCHS
 
 SCRIPT = Path(__file__).parent.parent / "download_pretrain.sh"
 # All that the script may use, besides one of curl and wget and one of sha256sum and shasum.

@@ -11,6 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from dynamicvit.datasets import IGNORED_LABEL, BatchTransform
+from dynamicvit.engine import MAX_BAD_STEPS, Diverged, RunningMeans, evaluate, train_one_epoch, update_weights
+from dynamicvit.errors import UserError
+from dynamicvit.losses import DistillDiffPruningLoss, LabelLoss
+from dynamicvit.models import ModelSpec, Teacher, create_model
+from dynamicvit.recipe import Trainer, build_scaler
+from dynamicvit.runs.clocks import Eta
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -18,14 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-import utils
-from clocks import Eta
-from datasets import IGNORED_LABEL, BatchTransform
-from engine import MAX_BAD_STEPS, Diverged, RunningMeans, evaluate, train_one_epoch, update_weights
-from errors import UserError
-from losses import DistillDiffPruningLoss, LabelLoss
-from models import ModelSpec, Teacher, create_model
-from recipe import Trainer, build_scaler
+from dynamicvit import utils
 
 CPU = torch.device("cpu")
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from errors import UserError, exit_status
-from models import create_model, from_pretrained, save_pretrained
-from tools import export, predict
+from dynamicvit.errors import UserError, exit_status
+from dynamicvit.models import create_model, from_pretrained, save_pretrained
+from dynamicvit.tools import export, predict
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -8,12 +8,10 @@ from functools import partial
 import pytest
 import timm
 import torch
+from dynamicvit.models import Teacher, create_model, make_dynamic, pruning, vit
+from dynamicvit.models.flops import count_gflops
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
-
-import models.vit
-from flops import count_gflops
-from models import Teacher, create_model, make_dynamic, pruning
 
 STAGES = (1, 3)
 HALF = (0.75, 0.5)
@@ -129,7 +127,7 @@ def test_dropping_equals_hiding(dense: nn.Module, monkeypatch: pytest.MonkeyPatc
     images = images_for(dense)
     model = dynamic(dense, "predictor", "drop")
     # The logits of random weights are large, so that e^-16 of a hidden token would still be seen
-    monkeypatch.setattr(models.vit, "LOG_DROPPED_WEIGHT", -60.0)
+    monkeypatch.setattr(vit, "LOG_DROPPED_WEIGHT", -60.0)
     expected, kept = model.forward_pruned(images)
     decisions = iter([torch.zeros(2, 16).scatter(1, stage, 1.0) for stage in kept])
     monkeypatch.setattr(pruning, "sample_keep_decision", lambda _: next(decisions))

@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MAIN, ONE_THREAD, PRUNING, TINY_RUN, write_images
-
-from checkpoints import BEST, LAST
-from models import read_checkpoint
+from dynamicvit.models import read_checkpoint
+from dynamicvit.runs.checkpoints import BEST, LAST
 
 pytestmark = pytest.mark.slow
 

@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
-
-from flops import count_gflops, gflops_of
-from models import create_model
+from dynamicvit.models import create_model
+from dynamicvit.models.flops import count_gflops, gflops_of
 
 
 @pytest.mark.parametrize(

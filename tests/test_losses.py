@@ -4,11 +4,10 @@ from math import log
 
 import pytest
 import torch
+from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss, kl_divergence, ratio_loss
+from dynamicvit.models import combine_heads
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-
-from losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss, kl_divergence, ratio_loss
-from models import combine_heads
 
 KEEP_RATES = (0.5, 0.25)
 # 2 images of 4 patches, 2 stages. Kept fractions 3/4 and 2/4, then 1/4 and 0:

@@ -5,12 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from dynamicvit.errors import UserError
+from dynamicvit.models import ModelSpec, read_checkpoint
+from dynamicvit.recipe import Recipe
+from dynamicvit.runs.checkpoints import known_arch, spec_of
 
-import options
-from checkpoints import known_arch, spec_of
-from errors import UserError
-from models import ModelSpec, read_checkpoint
-from recipe import Recipe
+from dynamicvit import options
 
 BEFORE_SPECS = Path(__file__).parent / "run_before_specs.ckpt"
 

@@ -1,6 +1,6 @@
 """The installable package: what is in it, and that it works without the rest of the repository."""
 
-import shutil
+import re
 import subprocess
 import sys
 import zipfile
@@ -8,36 +8,41 @@ from pathlib import Path
 
 import pytest
 from conftest import ONE_THREAD, ROOT
+from dynamicvit.models import __version__, create_model, save_pretrained
+from packaging.requirements import Requirement
 
-from models import __version__, create_model, save_pretrained
-
-FILES = ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")
+FOLDERS = ("data", "models", "runs", "tools")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, as setuptools writes beside what it builds."""
-    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "models", folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in FILES:
-        shutil.copy(ROOT / name, folder)
-    code = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=ONE_THREAD)
+    code = f"from hatchling import build; build.build_wheel({str(folder)!r})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD)
     assert result.returncode == 0, result.stderr
     (path,) = folder.glob("*.whl")
     return path
 
 
-def test_the_package_is_the_library_alone(wheel: Path) -> None:
+def test_the_package_is_the_root_and_nothing_beside_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(f"dynamicvit-{__version__}.dist-info/METADATA").decode()
     assert {name.split("/")[0] for name in names} == {"dynamicvit", f"dynamicvit-{__version__}.dist-info"}
-    modules = {path.name for path in (ROOT / "models").glob("*.py")}
-    assert {name.split("/")[1] for name in names if name.startswith("dynamicvit/")} == modules
+    modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py")}
+    modules |= {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+    packed = {name.removeprefix("dynamicvit/") for name in names if name.endswith(".py")}
+    assert packed == modules - {"dynamicvit.py"} | {"__init__.py"}
     required = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
-    assert metadata.count("Requires-Dist: ") == len(required)
+    stated = re.findall("^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    assert {Requirement(line) for line in stated} == {Requirement(line) for line in required}
+
+
+def test_in_a_clone_short_names_are_the_packages_modules() -> None:
+    code = "import models.spec, errors, dynamicvit.models.spec as m, dynamicvit.errors as e; "
+    code += "assert models.spec is m and errors is e"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ONE_THREAD, check=True)
 
 
 def test_the_package_loads_a_saved_model(wheel: Path, tmp_path: Path) -> None:

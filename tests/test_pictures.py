@@ -6,18 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dynamicvit.data.shapes import Shapes
+from dynamicvit.datasets import BatchTransform, DataOptions
+from dynamicvit.errors import exit_status
+from dynamicvit.models import ModelSpec, build_model, pictures, save_pretrained
+from dynamicvit.models.pruning import Trace
+from dynamicvit.tools import visualize
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-
-import pictures
-from datasets import BatchTransform, DataOptions
-from errors import exit_status
-from models import ModelSpec, build_model, save_pretrained
-from models.pruning import Trace
-from shapes import Shapes
-from tools import visualize
 
 GRID, KEPT = (4, 4), (9, 5, 3)  # of SPEC: 16 patches, of which int(16 * 0.6 ** stage) stay
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}

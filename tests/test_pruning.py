@@ -7,12 +7,11 @@ import pytest
 import timm
 import torch
 from conftest import DEVICES
+from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss
+from dynamicvit.models import ARCHS, Teacher, combine_heads, create_model, make_dynamic, pruning
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
-
-from losses import DiffPruningLoss, DistillDiffPruningLoss
-from models import ARCHS, Teacher, combine_heads, create_model, make_dynamic, pruning
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 4, "num_heads": 2}
 STAGES = (1, 2, 3)

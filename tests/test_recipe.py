@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor, nn
-
-import options
-import recipe
-import utils
-from datasets import Augmentation
-from engine import accumulate_gradients, unwrap, update_weights
-from models import ModelSpec, Teacher, create_model
-from recipe import (
+from dynamicvit.datasets import Augmentation
+from dynamicvit.engine import accumulate_gradients, unwrap, update_weights
+from dynamicvit.models import ModelSpec, Teacher, create_model
+from dynamicvit.recipe import (
     BACKBONE,
     PREDICTOR,
     RECIPES,
@@ -29,7 +24,10 @@ from recipe import (
     param_groups,
     set_rates,
 )
-from recipe import build_trainer as build_trainer_of
+from dynamicvit.recipe import build_trainer as build_trainer_of
+from torch import Tensor, nn
+
+from dynamicvit import options, recipe, utils
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
 KINDS = ("deit_small", "lvvit_s")

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from dynamicvit.models.pruning import size_bias
+from dynamicvit.models.reducers import cosine_similarity, drop, merge
 from torch import Tensor
-
-from models.pruning import size_bias
-from models.reducers import cosine_similarity, drop, merge
 
 # Two prefix tokens, then four patch tokens of two channels
 PREFIX = [[9.0, 9.0], [8.0, 8.0]]

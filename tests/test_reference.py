@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES
+from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss
+from dynamicvit.models import Teacher, combine_heads, create_model, geometric_keep_rates, pruning
 from timm.loss import SoftTargetCrossEntropy
-
-from losses import DiffPruningLoss, DistillDiffPruningLoss
-from models import Teacher, combine_heads, create_model, geometric_keep_rates, pruning
 
 HERE = Path(__file__).parent
 KINDS = ("deit", "lvvit")

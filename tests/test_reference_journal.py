@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dynamicvit.losses import DistillDiffPruningLoss
+from dynamicvit.models import Teacher, spatial
+from dynamicvit.models.spatial import SPATIAL_ARCHS, arithmetic_keep_rates, make_spatial_dynamic, map_published
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
-
-from losses import DistillDiffPruningLoss
-from models import Teacher, spatial
-from models.spatial import SPATIAL_ARCHS, arithmetic_keep_rates, make_spatial_dynamic, map_published
 
 HERE = Path(__file__).parent
 FIXED_BUFFERS = ("relative_position_index", "attn_mask")  # in published files; timm computes them

@@ -4,8 +4,7 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-
-from samplers import TrainSampler
+from dynamicvit.samplers import TrainSampler
 
 
 def epoch_of(size: int, world_size: int, *, epoch: int = 0, start: int = 0, repeats: int = 1) -> list[list[tuple]]:

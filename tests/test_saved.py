@@ -14,10 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import ONE_THREAD, ROOT
-from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
-
-from models import (
+from dynamicvit.models import (
     CheckpointError,
     create_model,
     from_pretrained,
@@ -25,6 +22,8 @@ from models import (
     make_dynamic,
     save_pretrained,
 )
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 TINY = SIZES | {"img_size": 32, "num_classes": 5, "pruning_loc": (1, 2)}

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from dynamicvit.models import create_model
+from dynamicvit.models.scorers import class_attention, distinct_scores, outlying, random_scores, received_attention
 from timm.layers import Attention
 from torch import Tensor, nn
-
-from models import create_model
-from models.scorers import class_attention, distinct_scores, outlying, random_scores, received_attention
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 4, "num_heads": 2}
 

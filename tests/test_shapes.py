@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-
-from shapes import COVERAGE, OUTLINES, PALETTE, Shapes
+from dynamicvit.data.shapes import COVERAGE, OUTLINES, PALETTE, Shapes
 
 SPLITS = pytest.mark.parametrize("train", [True, False], ids=["train", "val"])
 

@@ -9,15 +9,20 @@ import pytest
 import timm
 import torch
 from conftest import DEVICES, MAIN, TORCHRUN, launch, run_main
+from dynamicvit.data.shapes import Shapes
+from dynamicvit.losses import DistillDiffPruningLoss, LabelLoss
+from dynamicvit.models import Teacher, spatial
+from dynamicvit.models.flops import count_gflops
+from dynamicvit.models.spatial import (
+    SPATIAL_ARCHS,
+    arithmetic_keep_rates,
+    make_spatial_dynamic,
+    map_published,
+    split_outputs,
+)
 from timm.models import SwinTransformer
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
-
-from flops import count_gflops
-from losses import DistillDiffPruningLoss, LabelLoss
-from models import Teacher, spatial
-from models.spatial import SPATIAL_ARCHS, arithmetic_keep_rates, make_spatial_dynamic, map_published, split_outputs
-from shapes import Shapes
 
 FAMILIES = ("swin_t", "convnext_t")
 STAGES = (1, 2, 3)

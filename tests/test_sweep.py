@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PRUNING, TINY_MODEL, write_images
+from dynamicvit.errors import exit_status
+from dynamicvit.models import REDUCERS, SCORERS, ModelSpec, build_model, create_model, geometric_keep_rates
+from dynamicvit.models.flops import count_gflops
+from dynamicvit.tools import sweep
+from dynamicvit.tools.tome import ToMe, merge_most_similar
 from PIL import Image
-
-from errors import exit_status
-from flops import count_gflops
-from models import REDUCERS, SCORERS, ModelSpec, build_model, create_model, geometric_keep_rates
-from tools import sweep
-from tools.tome import ToMe, merge_most_similar
 
 CPU = torch.device("cpu")
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "pruning_loc": (1, 2, 3)}

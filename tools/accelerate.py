@@ -24,13 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader
-
-import utils
-from checkpoints import BEST, LAST, Place, RunState, read_run, spec_of, temporary_path
-from datasets import (
+from dynamicvit.datasets import (
     IGNORED_LABEL,
     IMAGENET_CLASSES,
     PARTS,
@@ -43,11 +37,10 @@ from datasets import (
     read_folder,
     train_transform,
 )
-from engine import accumulate_gradients, copy_statistics, update_weights
-from errors import ImageError, UserError, exit_status
-from flops import LOWEST_RATE, dense_and_dynamic_gflops, solve_keep_rates
-from image_files import UNREADABLE, ImageFiles, open_image
-from models import (
+from dynamicvit.engine import accumulate_gradients, copy_statistics, update_weights
+from dynamicvit.errors import ImageError, UserError, exit_status
+from dynamicvit.image_files import UNREADABLE, ImageFiles, open_image
+from dynamicvit.models import (
     CheckpointError,
     ModelSpec,
     Teacher,
@@ -59,13 +52,20 @@ from models import (
     read_checkpoint,
     save_pretrained,
 )
-from models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
-from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer, pick_amp, precision_name
-from run import Run, RunOptions, list_bad_images, log_model
-from signals import Stopped, StopSignal
-from tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
-from utils import log
+from dynamicvit.models.flops import LOWEST_RATE, dense_and_dynamic_gflops, solve_keep_rates
+from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
+from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
+from dynamicvit.recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer, pick_amp, precision_name
+from dynamicvit.runs.checkpoints import BEST, LAST, Place, RunState, read_run, spec_of, temporary_path
+from dynamicvit.runs.run import Run, RunOptions, list_bad_images, log_model
+from dynamicvit.signals import Stopped, StopSignal
+from dynamicvit.tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
+from dynamicvit.utils import log
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dynamicvit import utils
 
 MAX_STAGES = 9
 FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much

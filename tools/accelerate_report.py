@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dynamicvit.datasets import AugmentedDataset, class_names
+from dynamicvit.engine import SUMS, batch_sums, means_over_images
+from dynamicvit.losses import cosine_distance, kl_divergence
+from dynamicvit.models import ModelSpec, gives_embeddings
+from dynamicvit.models.pictures import prune, stage_panel
+from dynamicvit.models.pruning import choose_attention
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
-
-from datasets import AugmentedDataset, class_names
-from engine import SUMS, batch_sums, means_over_images
-from losses import cosine_distance, kl_divergence
-from models import ModelSpec, gives_embeddings
-from models.pruning import choose_attention
-from pictures import prune, stage_panel
 
 DENSE, MERGED, TUNED = "dense", "merged", "fine-tuned"
 BATCH_SIZES = (1, 32)

@@ -22,20 +22,20 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from dynamicvit.datasets import AugmentedDataset, train_transform
+from dynamicvit.engine import accumulate_gradients, autocast, copy_statistics, update_weights
+from dynamicvit.errors import UserError, exit_status
+from dynamicvit.image_files import ImageFiles, list_images
+from dynamicvit.models import ModelError, ModelSpec, Teacher, build_model
+from dynamicvit.models.flops import count_gflops, gflops_of, solve_keep_rates
+from dynamicvit.options import KEEP_RATE, POSITIVE, OneLineParser, number
+from dynamicvit.recipe import AMP_DTYPES, build_augmentation, build_recipe, build_trainer
+from dynamicvit.tools.timing import Step, hardware, interleave
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-import utils
-from datasets import AugmentedDataset, train_transform
-from engine import accumulate_gradients, autocast, copy_statistics, update_weights
-from errors import UserError, exit_status
-from flops import count_gflops, gflops_of, solve_keep_rates
-from image_files import ImageFiles, list_images
-from models import ModelError, ModelSpec, Teacher, build_model
-from options import KEEP_RATE, POSITIVE, OneLineParser, number
-from recipe import AMP_DTYPES, build_augmentation, build_recipe, build_trainer
-from timing import Step, hardware, interleave
+from dynamicvit import utils
 
 NUM_CLASSES = 1000
 SCALING_SIZES = (160, 224, 288, 384, 512)

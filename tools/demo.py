@@ -15,19 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dynamicvit.data.shapes import Shapes
+from dynamicvit.datasets import BatchTransform
+from dynamicvit.engine import evaluate
+from dynamicvit.errors import UserError, exit_status
+from dynamicvit.models import build_model, load_weights, read_checkpoint
+from dynamicvit.models.flops import count_gflops
+from dynamicvit.models.pictures import contact_sheet, enlarge, prune, save_png, strip
+from dynamicvit.runs.checkpoints import LAST, restore_model
+from dynamicvit.tools.timing import hardware, interleave
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
-
-from checkpoints import LAST, restore_model
-from datasets import BatchTransform
-from engine import evaluate
-from errors import UserError, exit_status
-from flops import count_gflops
-from models import build_model, load_weights, read_checkpoint
-from pictures import contact_sheet, enlarge, prune, save_png, strip
-from shapes import Shapes
-from timing import hardware, interleave
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = Path("logs/demo")

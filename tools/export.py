@@ -19,19 +19,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dynamicvit.data.shapes import Shapes
+from dynamicvit.errors import UserError, exit_status
+from dynamicvit.image_files import list_images, open_image
+from dynamicvit.models import ModelSpec, build_model, gives_embeddings
+from dynamicvit.models.saved import config_text, data_config, first_line
+from dynamicvit.options import POSITIVE, OneLineParser, number
+from dynamicvit.runs.checkpoints import load_model
+from dynamicvit.tools.predict import METADATA, Runner, load_onnx, require_packages
+from dynamicvit.tools.timing import interleave
+from dynamicvit.utils import log
 from timm.data import create_transform
 from torch import Tensor, nn
-
-from checkpoints import load_model
-from errors import UserError, exit_status
-from image_files import list_images, open_image
-from models import ModelSpec, build_model, gives_embeddings
-from models.saved import config_text, data_config, first_line
-from options import POSITIVE, OneLineParser, number
-from shapes import Shapes
-from timing import interleave
-from tools.predict import METADATA, Runner, load_onnx, require_packages
-from utils import log
 
 NUM_IMAGES = 64
 CHECKED_BATCHES = (1, 5, 58)  # of a dynamic batch; NUM_IMAGES together

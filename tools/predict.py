@@ -14,17 +14,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from dynamicvit.datasets import class_names
+from dynamicvit.errors import ImageError, UserError, exit_status
+from dynamicvit.image_files import open_image
+from dynamicvit.models import ModelSpec, gives_embeddings
+from dynamicvit.models.saved import data_config, first_line, parse_config
+from dynamicvit.options import OneLineParser
+from dynamicvit.runs.checkpoints import load_model
+from dynamicvit.utils import log
 from timm.data import create_transform
 from torch import Tensor
-
-from checkpoints import load_model
-from datasets import class_names
-from errors import ImageError, UserError, exit_status
-from image_files import open_image
-from models import ModelSpec, gives_embeddings
-from models.saved import data_config, first_line, parse_config
-from options import OneLineParser
-from utils import log
 
 TOP = 5
 METADATA = "dynamicvit"  # under this name an ONNX file carries what config.json holds

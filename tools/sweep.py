@@ -21,11 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-
-import utils
-from datasets import (
+from dynamicvit.datasets import (
     DATA_SETS,
     AugmentedDataset,
     BatchTransform,
@@ -36,18 +32,31 @@ from datasets import (
     eval_transform,
     read_folder,
 )
-from engine import autocast
-from errors import UserError, exit_status
-from flops import count_gflops
-from losses import kl_divergence
-from models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model, gives_embeddings
-from models.factory import default_keep_rates
-from models.pruning import TokenPruning, choose_attention
-from options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, RUNS, OneLineParser, add_model_flags, load_trained_model, number
-from recipe import AMP_DTYPES, pick_amp, precision_name
-from timing import hardware
-from tools.tome import ToMe
-from utils import log
+from dynamicvit.engine import autocast
+from dynamicvit.errors import UserError, exit_status
+from dynamicvit.losses import kl_divergence
+from dynamicvit.models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model, gives_embeddings
+from dynamicvit.models.factory import default_keep_rates
+from dynamicvit.models.flops import count_gflops
+from dynamicvit.models.pruning import TokenPruning, choose_attention
+from dynamicvit.options import (
+    KEEP_RATE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RUNS,
+    OneLineParser,
+    add_model_flags,
+    load_trained_model,
+    number,
+)
+from dynamicvit.recipe import AMP_DTYPES, pick_amp, precision_name
+from dynamicvit.tools.timing import hardware
+from dynamicvit.tools.tome import ToMe
+from dynamicvit.utils import log
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dynamicvit import utils
 
 try:
     from matplotlib.figure import Figure

@@ -2,12 +2,11 @@
 
 import torch
 import torch.nn.functional as F
+from dynamicvit.models.pruning import choose_attention, find_adapter, select_tokens, size_bias
+from dynamicvit.models.reducers import cosine_similarity
+from dynamicvit.models.vit import matmul_dtype, observe, take_observed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-
-from models.pruning import choose_attention, find_adapter, select_tokens, size_bias
-from models.reducers import cosine_similarity
-from models.vit import matmul_dtype, observe, take_observed
 
 
 class ToMe(nn.Module):

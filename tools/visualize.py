@@ -19,18 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from dynamicvit.datasets import DATA_SETS, DataOptions, build_source, eval_transform, is_native
+from dynamicvit.errors import ImageError, UserError, exit_status
+from dynamicvit.image_files import list_images, open_image
+from dynamicvit.models import ModelSpec, gives_embeddings, pictures
+from dynamicvit.models.pruning import Trace
+from dynamicvit.utils import log
 from PIL import Image
 from torch import Tensor, nn
 
-import datasets
-import options
-import pictures
-from datasets import DATA_SETS, DataOptions, build_source, eval_transform, is_native
-from errors import ImageError, UserError, exit_status
-from image_files import list_images, open_image
-from models import ModelSpec, gives_embeddings
-from models.pruning import Trace
-from utils import log
+from dynamicvit import datasets, options
 
 PANEL_SIZE = 224  # pixels; smaller images are enlarged to about this
 

@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dynamicvit.datasets import BatchTransform, fingerprint
+from dynamicvit.engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
+from dynamicvit.errors import UserError
+from dynamicvit.models import ModelSpec, Teacher, load_weights
+from dynamicvit.recipe import Trainer
+from dynamicvit.runs.checkpoints import BEST, LAST, Place, Progress, RunState
+from dynamicvit.runs.clocks import Eta, SaveClock
+from dynamicvit.runs.output import Output
+from dynamicvit.signals import Stopped, StopSignal
+from dynamicvit.utils import get_world_size, is_main_process, log, max_over_processes, start_max_over_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-from checkpoints import BEST, LAST, Place, Progress, RunState
-from clocks import Eta, SaveClock
-from datasets import BatchTransform, fingerprint
-from engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
-from errors import UserError
-from models import ModelSpec, Teacher, load_weights
-from output import Output
-from recipe import Trainer
-from signals import Stopped, StopSignal
-from utils import get_world_size, is_main_process, log, max_over_processes, start_max_over_processes
 
 Record = dict[str, float]  # what log.txt says of an epoch
 # of the summary: heading and decimals

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dynamicvit.datasets import AugmentedDataset
+from dynamicvit.errors import UserError
+from dynamicvit.models.pictures import has_fast_path, prune, sheet_of_heat_maps, sheet_of_strips
+from dynamicvit.runs.checkpoints import CheckpointWriter, Progress, RunState, temporary_path
+from dynamicvit.utils import is_main_process
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-
-from checkpoints import CheckpointWriter, Progress, RunState, temporary_path
-from datasets import AugmentedDataset
-from errors import UserError
-from pictures import has_fast_path, prune, sheet_of_heat_maps, sheet_of_strips
-from utils import is_main_process
 
 NUM_PICTURES, NUM_HISTOGRAM_IMAGES = 4, 32  # validation images, the same ones every epoch
 

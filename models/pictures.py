@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-from datasets import BatchTransform
-from models.pruning import Trace
+from .pruning import Trace
 
 Grid = tuple[int, int]
 
@@ -41,11 +40,10 @@ def prune(model: nn.Module, images: Tensor) -> Trace:
     A predictor's scores become probabilities of being kept. Merged patches have the score of their token.
     """
     was_training = model.training
-    preprocessing = model.spec.preprocessing
     device = next(model.parameters()).device
     model.eval()
     try:
-        trace = model.trace(BatchTransform(device, preprocessing.mean, preprocessing.std)(images))
+        trace = model.trace(model.spec.preprocessing.normalise(images.to(device)))
     finally:
         model.train(was_training)
     scores = trace.scores.exp() if model.scorer == "predictor" else trace.scores

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import ModelSpec, build_model, geometric_keep_rates
+from .factory import build_model, geometric_keep_rates
+from .spec import ModelSpec
 
 BISECTIONS = 20
 LOWEST_RATE = 0.5  # the smallest share of its tokens that a stage may keep

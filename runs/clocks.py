@@ -4,7 +4,7 @@ import math
 import time
 from datetime import timedelta
 
-from errors import UserError
+from dynamicvit.errors import UserError
 
 
 class SaveClock:

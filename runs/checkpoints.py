@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from errors import UserError
-from models import (
+from dynamicvit.errors import UserError
+from dynamicvit.models import (
     ARCHS,
     CheckpointError,
     ModelError,
@@ -27,8 +25,9 @@ from models import (
     looks_like_saved,
     read_checkpoint,
 )
-from models.pretrained import BEST, LAST, checkpoint_in
-from utils import gather, get_rank, is_main_process, log
+from dynamicvit.models.pretrained import BEST, LAST, checkpoint_in
+from dynamicvit.utils import gather, get_rank, is_main_process, log
+from torch import Tensor, nn
 
 
 @dataclass
