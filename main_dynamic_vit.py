@@ -28,8 +28,8 @@ from dynamicvit.models import (
     load_weights,
     read_checkpoint,
 )
+from dynamicvit.models.costs import dense_and_dynamic_gflops
 from dynamicvit.models.factory import image_size
-from dynamicvit.models.flops import dense_and_dynamic_gflops
 from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
 from dynamicvit.recipe import build_trainer, pick_amp, precision_name
 from dynamicvit.runs.checkpoints import RunState, read_run, spec_of
