@@ -7,10 +7,11 @@ this file once more, in a process of its own, and there the others run. Where th
 import sys
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import ONE_THREAD, ROOT, launch, needs_gpu
-from dynamicvit.models import kernels
+from dynamicvit.models import kernels, make_dynamic
 from dynamicvit.models.kernels import INTERPRETED
 from torch import Tensor
 
@@ -311,6 +312,26 @@ def test_a_stage_in_a_cuda_graph() -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("scorer", ["distinct", "attention", "outlying"])
+def test_a_model_decides_the_same_with_kernels_and_without(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=5)
+    model = make_dynamic(vit, (1, 2, 3), (0.7, 0.5, 0.3), scorer=scorer, reducer="merge").eval().to(DEVICE)
+    images = random(2, 3, 32, 32)
+    merges = []
+    fused = kernels.merge
+    monkeypatch.setattr(kernels, "merge", lambda *args: merges.append(args) or fused(*args))
+    with torch.no_grad():
+        logits, kept = model.forward_pruned(images)
+        assert len(merges) == 3
+        monkeypatch.setattr(kernels, "available", lambda x: False)
+        plain_logits, plain_kept = model.forward_pruned(images)
+    assert len(merges) == 3
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, plain_kept, strict=True))
+    torch.testing.assert_close(logits, plain_logits, atol=1e-4, rtol=1e-4)
+
+
+@runs_kernels
 def test_operators_are_what_torch_expects_of_them() -> None:
     query, keys, x, size = stage_inputs()
     operators = torch.ops.dynamicvit
@@ -341,7 +362,7 @@ def test_without_triton_nothing_is_available() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from dynamicvit.models import kernels
+from dynamicvit.models import kernels, make_dynamic
 assert not any(kernels.available(torch.ones(1, device=d)) for d in ["cpu", "cuda"][: 1 + torch.cuda.is_available()])
 """
     result = launch([sys.executable, "-c", code], {**ONE_THREAD, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
