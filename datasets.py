@@ -284,7 +284,7 @@ def read_folder(
     files = ImageFiles(samples, classes, root or folder, upright)
     report_left_out(folder, left_out)
     if beside:
-        log(f"warning: {len(beside)} images in {folder} lie in no class folder and are left out")
+        log(f"warning: {len(beside)} image(s) in {folder} lie in no class folder and are left out")
     empty = set(found) - {classes[label] for label in set(files.labels)}
     if empty and len(files) > 0:
         log(f"warning: class folders without images in {folder}: {', '.join(sorted(empty))}")

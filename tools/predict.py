@@ -45,9 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.json and args.json == args.csv:
+        raise UserError("--json and --csv need a file each")
     answers = Answers({path: writer for path, writer in ((args.json, as_json), (args.csv, as_csv)) if path})
     photos = [photo for given in args.photos for photo in photos_in(given)]
-    print(f"loading {args.model}", file=sys.stderr, flush=True)
     run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_torch(args.model)
     names = None if gives_embeddings(spec) else class_names(spec)
     transform = create_transform(**data_config(spec))
@@ -105,9 +106,9 @@ class Answers:
             self.add_embedding(photo, output)
             return
         probabilities, indices = output.softmax(dim=-1).topk(min(TOP, len(names)))
-        top = {names[i]: p for p, i in zip(probabilities.tolist(), indices.tolist(), strict=True)}
-        self.records.append({"photo": photo, "classes": top})
-        print("\n".join([photo, *(f"  {p:6.1%}  {name}" for name, p in top.items())]), flush=True)
+        top = [(names[i], p) for p, i in zip(probabilities.tolist(), indices.tolist(), strict=True)]
+        self.records.append({"photo": photo, "classes": [{"class": name, "probability": p} for name, p in top]})
+        print("\n".join([photo, *(f"  {p:6.1%}  {name}" for name, p in top)]), flush=True)
 
     def add_embedding(self, photo: str, embedding: Tensor) -> None:
         """Its size and norm, and how similar to the first one it is."""
@@ -138,7 +139,7 @@ def as_csv(records: list[dict[str, Any]]) -> str:
         if "embedding" in record:
             writer.writerow([record["photo"], *record["embedding"]])
         else:
-            writer.writerows([record["photo"], *pair] for pair in record["classes"].items())
+            writer.writerows([record["photo"], *line.values()] for line in record["classes"])
     return file.getvalue()
 
 
