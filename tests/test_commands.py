@@ -1,9 +1,11 @@
 """What every command does at its door: exit statuses, signals, terminals, and errors said once."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,25 +24,21 @@ def run_python(*args: str | Path, **options) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *args], **options)
 
 
-def fork(command: Callable[[], None], stdout: int) -> int:
-    """The command in a process of its own, whose first line lets Ctrl-C end it; returns its number.
+def end_of(command: Callable[[], None], stdout: int | None = None) -> tuple[int, list[str]]:
+    """Exit status, the negative number of a signal where one ended it, and the lines that it wrote.
 
-    A fork, as a new one needs seconds to import torch. It writes to the two ends of a pipe alone.
+    In a process of its own, whose first line lets Ctrl-C end it: a fork, as a new one takes seconds to import torch.
+    stdout: where its output goes, so that only its errors are returned.
     """
-    if number := os.fork():
-        return number
-    os.dup2(stdout, 1)
-    os.dup2(stdout, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os._exit(exit_status(command))
-
-
-def end_of(command: Callable[[], None]) -> tuple[int, list[str]]:
-    """Exit status, the negative number of a signal where one ended it, and the lines that it wrote."""
     reader, writer = os.pipe()
-    number = fork(command, writer)
+    number = os.fork()
+    if number == 0:
+        os.dup2(writer if stdout is None else stdout, 1)
+        os.dup2(writer, 2)
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w") for fd in (1, 2))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os._exit(exit_status(command))
     os.close(writer)
     with open(reader) as lines:
         written = lines.read().splitlines()
@@ -48,21 +46,29 @@ def end_of(command: Callable[[], None]) -> tuple[int, list[str]]:
 
 
 def test_commands_start_where_signals_are_missing() -> None:
-    """As on Windows; and without docstrings (-OO), which is one more import of everything."""
+    """As on Windows."""
     modules = ["dynamicvit.main_dynamic_vit", *(f"dynamicvit.tools.{name}" for name in TOOLS)]
     code = f"""
-import importlib, signal
+import signal
 del signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, signal.SIGPIPE
-for name in {modules}:
-    module = importlib.import_module(name)
-    getattr(module, "build_parser", lambda: None)()
+import {", ".join(modules)}
 from dynamicvit.errors import exit_status
 from dynamicvit.signals import StopSignal
 StopSignal()
 raise SystemExit(exit_status(lambda: None))
 """
-    result = run_python("-OO", "-c", code)
+    result = run_python("-c", code)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_commands_start_without_docstrings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with python -OO."""
+    module = importlib.import_module(f"dynamicvit.tools.{name}")
+    monkeypatch.setattr(module, "__doc__", None)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        module.command(["--help"]) if hasattr(module, "command") else module.main()
 
 
 @posix_only
@@ -123,11 +129,11 @@ def test_ctrl_c_where_nothing_can_catch_it() -> None:
 
 @posix_only
 @pytest.mark.parametrize("command", [lambda: print("x" * 100_000), lambda: print("x"), lambda: sys.exit(print("x"))])
-def test_a_reader_that_has_gone_is_no_error(command: Callable[[], None], capfd: pytest.CaptureFixture) -> None:
+def test_a_reader_that_has_gone_is_no_error(command: Callable[[], None]) -> None:
     """`command | head -1`: it ends as other programs do, without a word."""
     reader, writer = os.pipe()
     os.close(reader)
-    assert os.waitstatus_to_exitcode(os.waitpid(fork(command, writer), 0)[1]) == -signal.SIGPIPE
+    assert end_of(command, stdout=writer) == (-signal.SIGPIPE, [])
     os.close(writer)
 
 
@@ -155,7 +161,7 @@ def test_every_name_on_every_terminal(tmp_path: Path) -> None:
     model = create_model("deit_tiny", num_classes=2, keep_rates=(0.5,), **sizes)
     save_pretrained(model, tmp_path / "fast", class_names=["猫", "собака"])
     write_images(tmp_path / "photos", 1)
-    (tmp_path / "photos" / "0.jpg").rename(os.fsencode(tmp_path / "photos") + b"/\xff.jpg")
+    (tmp_path / "photos" / "0.jpg").rename(tmp_path / "photos" / "\udcff.jpg")
     env = ONE_THREAD | {"PYTHONIOENCODING": "cp1252"}
     result = run_python("-m", "tools.predict", tmp_path / "fast", tmp_path / "photos", env=env)
     assert (result.returncode, result.stderr) == (0, "")
