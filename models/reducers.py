@@ -79,9 +79,11 @@ class Drop(Reducer):
 class Merge(Reducer):
     name = "merge"
     merges = True
+    keeps_length = False
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
-        return merge(x, scores.scores, size, num_keep, num_prefix, scores.weights, scores.similarity)
+        ranking, weights, similarity = scores
+        return merge(x, ranking, size, num_keep, num_prefix, weights, similarity, self.keeps_length)
 
 
 class MergeKeepingLength(Merge):
@@ -92,10 +94,7 @@ class MergeKeepingLength(Merge):
     name = "merge_length"
     size_power = 0.9
 
-    def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
-        reduced = super().__call__(x, scores, size, num_keep, num_prefix)
-        weights = size if scores.weights is None else scores.weights
-        return reduced._replace(x=with_mean_length(reduced.x, x, reduced.place, weights, num_prefix))
+    keeps_length = True
 
 
 REDUCERS: dict[str, Reducer] = {reducer.name: reducer for reducer in (Drop(), Merge(), MergeKeepingLength())}
@@ -118,6 +117,7 @@ def merge(
     num_prefix: int,
     weights: Tensor | None = None,
     similarity: Tensor | None = None,
+    keep_length: bool = False,
 ) -> Reduced:
     """Keeps the num_keep best tokens; each other one joins the kept one that it is most similar to.
 
@@ -125,9 +125,15 @@ def merge(
     becomes the mean of itself and those that joined it, weighted by size, so that the sum of size
     times token stays what it was; sizes add up. Prefix tokens never merge.
     weights: (B, N), for the mean instead of the sizes. similarity: (B, N, N), instead of the tokens' cosine.
+    keep_length: each mean gets the mean length of the tokens in it.
     """
+    if weights is not None:
+        weights = weights.clamp(min=1e-9)  # attention can be 0, and a mean of such tokens is still a mean
     if similarity is None and kernels.available(x):
         merged, kept, merged_size, place = kernels.merge(x, scores, size, num_keep, num_prefix, weights)
+        if keep_length:
+            shares = shares_of(size if weights is None else weights, place, num_keep)
+            merged = with_mean_length(merged, x, place, shares, num_prefix)
         return Reduced(merged, kept, merged_size, place)
     order = scores.argsort(dim=1, descending=True)
     kept = order[:, :num_keep]
@@ -135,15 +141,20 @@ def merge(
         place = join_by_cosine(x[:, num_prefix:].detach(), order, num_keep)
     else:
         place = join(similarity, order, num_keep)
-    return merge_groups(x, place, kept, size, num_prefix, weights)
+    merged_size = size.new_zeros(kept.shape).scatter_add(1, place, size)
+    shares = shares_of(size if weights is None else weights, place, num_keep)
+    merged = means(x, place, shares, num_keep, num_prefix)
+    if keep_length:
+        merged = with_mean_length(merged, x, place, shares, num_prefix)
+    return Reduced(merged, kept, merged_size, place)
 
 
 def join(similarity: Tensor, order: Tensor, num_keep: int) -> Tensor:
     """(B, N, N) similarities, (B, N) tokens, best first -> (B, N) which of the kept each token is part of."""
     rank = ranks(order)
-    is_kept = rank < num_keep
-    nearest = similarity.masked_fill(~is_kept[:, None, :], -torch.inf).argmax(dim=-1)
-    return torch.where(is_kept, rank, rank.gather(1, nearest))
+    leaves = rank >= num_keep
+    nearest = similarity.masked_fill(leaves[:, None, :], -torch.inf).argmax(dim=-1)
+    return torch.where(leaves, rank.gather(1, nearest), rank)
 
 
 def join_by_cosine(tokens: Tensor, order: Tensor, num_keep: int) -> Tensor:
@@ -160,39 +171,35 @@ def ranks(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(1, order, numbers)
 
 
-def merge_groups(
-    x: Tensor, place: Tensor, kept: Tensor, size: Tensor, num_prefix: int, weights: Tensor | None = None
-) -> Reduced:
-    """Joins tokens that are in one place to their mean, weighted by weights, or by size where there are none."""
+def shares_of(weights: Tensor, place: Tensor, num_keep: int) -> Tensor:
+    """(B, N) weights, (B, N) places -> (B, N) the share of each token in the mean of its place."""
+    total = weights.new_zeros(weights.shape[0], num_keep).scatter_add(1, place, weights)
+    return weights / total.gather(1, place)
+
+
+def means(x: Tensor, place: Tensor, shares: Tensor, num_keep: int, num_prefix: int) -> Tensor:
+    """(B, P+N, C) tokens -> (B, P+K, C): those in one place joined by their shares."""
     batch, _, channels = x.shape
-    end = num_prefix + kept.shape[1]
-    empty = size.new_zeros(kept.shape)
-    merged_size = total = empty.scatter_add(1, place, size)
-    if weights is None:
-        weights = size
-    else:
-        total = empty.scatter_add(1, place, weights)
+    end = num_prefix + num_keep
     # Each token enters its mean by its share. Sums of size times token could leave float16's range.
-    shares = F.pad(weights / total.gather(1, place), (num_prefix, 0), value=1.0).to(x.dtype)
+    parts = x * F.pad(shares, (num_prefix, 0), value=1.0).to(x.dtype)[..., None]
     prefix = torch.arange(num_prefix, device=x.device).expand(batch, -1)
     rows = torch.cat([prefix, place + num_prefix], dim=1)
-    parts = x * shares[..., None]
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         # torch's older exporter writes an index_add that forgets repeated rows (pytorch issue 111159).
-        merged = x.new_zeros(batch, end, channels).scatter_add(1, rows[..., None].expand_as(parts), parts)
-        return Reduced(merged, kept, merged_size, place)
+        return x.new_zeros(batch, end, channels).scatter_add(1, rows[..., None].expand_as(parts), parts)
     rows = rows + end * torch.arange(batch, device=x.device)[:, None]
     merged = parts.new_zeros(batch * end, channels).index_add(0, rows.flatten(), parts.flatten(0, 1))
-    return Reduced(merged.unflatten(0, (batch, end)), kept, merged_size, place)
+    return merged.unflatten(0, (batch, end))
 
 
-def with_mean_length(merged: Tensor, x: Tensor, place: Tensor, weights: Tensor, num_prefix: int) -> Tensor:
-    """(B, P+K, C) merged tokens with the mean length, by the (B, N) weights, of the (B, P+N, C) tokens in each."""
-    lengths = torch.linalg.vector_norm(x[:, num_prefix:], dim=-1, dtype=torch.float32)
-    empty = weights.new_zeros(merged.shape[0], merged.shape[1] - num_prefix)
-    wanted = empty.scatter_add(1, place, weights * lengths) / empty.scatter_add(1, place, weights)
-    lengths = torch.linalg.vector_norm(merged[:, num_prefix:], dim=-1, dtype=torch.float32)
-    factor = F.pad(wanted / lengths.clamp(min=1e-12), (num_prefix, 0), value=1.0)
+def with_mean_length(merged: Tensor, x: Tensor, place: Tensor, shares: Tensor, num_prefix: int) -> Tensor:
+    """(B, P+K, C) merged tokens with the mean length, by their shares, of the (B, P+N, C) tokens in each."""
+    before, after = (
+        torch.linalg.vector_norm(tokens[:, num_prefix:], dim=-1, dtype=torch.float32) for tokens in (x, merged)
+    )
+    wanted = torch.zeros_like(after).scatter_add(1, place, shares * before)
+    factor = F.pad(wanted / after.clamp(min=1e-12), (num_prefix, 0), value=1.0)
     return merged * factor[..., None].to(merged.dtype)
 
 

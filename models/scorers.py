@@ -282,8 +282,8 @@ def distinct_scores(importance: Tensor, tokens: Tensor, similarity: Tensor | Non
     """
     if similarity is None:
         similarity = cosine_similarity(tokens, tokens)
-    more_important = importance[:, None, :] > importance[:, :, None]
-    return importance * (1 - similarity.masked_fill(~more_important, -1.0).amax(dim=-1))
+    not_more_important = importance[:, None, :] <= importance[:, :, None]
+    return importance * (1 - similarity.masked_fill(not_more_important, -1.0).amax(dim=-1))
 
 
 def random_scores(tokens: Tensor) -> Tensor:
