@@ -6,7 +6,6 @@ Both trainings are main_dynamic_vit.py itself; what is here only calls it and me
 """
 
 import argparse
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from dynamicvit.models import build_model, load_weights, read_checkpoint
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.pictures import contact_sheet, enlarge, prune, save_png, strip
 from dynamicvit.runs.checkpoints import LAST, restore_model
+from dynamicvit.signals import Stopped, StopSignal, die_of_stop_signals
 from dynamicvit.tools.timing import hardware, interleave
 from torch import nn
 from torch.utils.data import DataLoader
@@ -58,15 +58,30 @@ MERGED = {"scorer": "attention", "reducer": "merge", "pruning_loc": (2, 3, 4, 5,
 
 def main() -> None:
     argparse.ArgumentParser(prog="demo", description=(__doc__ or "").split("\n")[0]).parse_args()
-    signal.signal(signal.SIGINT, lambda *_: None)  # the training gets it too, and saves
-    started = time.monotonic()
+    started, stop = time.monotonic(), StopSignal()
     for name, title, flags in (("dense", "1. A dense ViT", DENSE), ("dynamic", "2. The same, made dynamic", DYNAMIC)):
         print(f"\n{title}: main_dynamic_vit.py {' '.join(flags)}\n", flush=True)
-        status = subprocess.run([sys.executable, ROOT / "main_dynamic_vit.py", *COMMON, *flags]).returncode
+        status = train([*COMMON, *flags], stop)
+        advice = f"the demo stops here; run it again to continue, or remove {OUTPUT} to start again"
+        if stop.received:
+            raise Stopped(advice)
         if status or read_checkpoint(OUTPUT / name / LAST)["epoch"] < EPOCHS[name]:
-            raise UserError(f"the demo stops here; run it again to continue, or remove {OUTPUT} to start again")
+            raise UserError(advice)
+    die_of_stop_signals()  # there is nothing left to save
     report(*(load_run(OUTPUT / name) for name in EPOCHS))
     print(f"all of it in {time.monotonic() - started:.0f} s")
+
+
+def train(flags: list[str], stop: StopSignal) -> int:
+    """Returns main_dynamic_vit.py's exit status. At a signal, or should this process die, it saves and ends, too."""
+    script, leash = ROOT / "main_dynamic_vit.py", ROOT / "tools/leash.py"
+    training = subprocess.Popen([sys.executable, leash, script, *flags], stdin=subprocess.PIPE)
+    try:
+        while training.poll() is None and not stop.received:
+            time.sleep(0.1)
+    finally:
+        training.stdin.close()
+    return training.wait()
 
 
 def load_run(folder: Path) -> tuple[nn.Module, float]:
