@@ -304,7 +304,7 @@ def test_demo_leaves_no_training_running(number: int, tmp_path: Path) -> None:
         **dict(env=ONE_THREAD | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path),
         **dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True),
     )
-    watchdog = threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))
     watchdog.start()
     try:
         next(steps_of(process))
