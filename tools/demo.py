@@ -3,6 +3,9 @@
     python -m tools.demo
 
 Both trainings are main_dynamic_vit.py itself; what is here only calls it and measures.
+
+Measured with three seeds, one thread each (AMD EPYC): dense 96.95 to 97.80 % top-1, dynamic 96.10 to 96.65 %;
+both trainings of a seed take 192 s of processor time.
 """
 
 import argparse
@@ -36,24 +39,30 @@ MODEL = [
 ]
 # The recipe is for long runs on photos; these images need neither strong augmentation nor an average.
 COMMON = [
-    *("--data-set", "SHAPES", *MODEL, "--batch-size", "32", "--num-workers", "0", "--amp", "off", "--print-freq", "20"),
+    *("--data-set", "SHAPES", *MODEL, "--num-workers", "0", "--amp", "off", "--print-freq", "20"),
     *("--aa", "none", "--color-jitter", "0", "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--smoothing", "0"),
     *("--no-repeated-aug", "--no-model-ema"),
 ]
 EPOCHS = {"dense": 4, "dynamic": 3}
-DENSE = ["--dense", "--epochs", "4", "--lr", "0.024", "--warmup-epochs", "0.5", "--output-dir", str(OUTPUT / "dense")]
+# A plateau comes first, on which a model knows colours and no outlines. With few and large steps, the end of the run
+# found it at any point of the climb that follows (77 to 95 %); 1,500 small ones, of a gradient whose norm is held,
+# leave it in the first of four epochs, and end where the rate has come down.
+DENSE = [
+    *("--dense", "--epochs", "4", "--batch-size", "16", "--lr", "0.032", "--warmup-epochs", "0.5", "--clip-grad", "1"),
+    *("--output-dir", str(OUTPUT / "dense")),
+]
 DYNAMIC = [
     *("--distill", "--pretrained", str(OUTPUT / "dense/checkpoint_best.pth"), "--output-dir", str(OUTPUT / "dynamic")),
     *("--base-rate", "0.65", "--pruning-loc", "2", "4", "6", "--epochs", "3", "--warmup-epochs", "0"),
     # three epochs and not thirty: everything learns faster, the gradient's norm is held to keep it steady
-    *("--lr", "0.016", "--backbone-lr-scale", "0.1", "--ratio-weight", "8", "--clip-grad", "1"),
+    *("--batch-size", "32", "--lr", "0.016", "--backbone-lr-scale", "0.1", "--ratio-weight", "8", "--clip-grad", "1"),
 ]
 OBJECT_SHARE = 0.25  # a patch with at least this share of object pixels is one of the object's
 NUM_PICTURES = 3
 BATCH_SIZE, ROUNDS = 64, 15
-# Merging needs no training; more stages than the paper's, as it keeps what a stage takes away. As many
-# multiply-adds as the dynamic model's.
-MERGED = {"scorer": "attention", "reducer": "merge", "pruning_loc": (2, 3, 4, 5, 6, 7), "base_rate": 0.795}
+# Merging needs no training. One stage, and a late one: stages before 2 to 7 lost 5.9 points instead of 2.5 here, and
+# each stage has a cost in time that a model as small as this one feels.
+MERGED = {"scorer": "attention", "reducer": "merge", "pruning_loc": (5,), "base_rate": 0.3}
 
 
 def main() -> None:
