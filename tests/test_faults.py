@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, ONE_THREAD, PRUNING, TINY_RUN, write_images
+from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_RUN, write_images
 from dynamicvit.models import read_checkpoint
 from dynamicvit.runs.checkpoints import BEST, LAST
 
@@ -294,6 +294,29 @@ def test_loader_process_killed(options: list[str], undisturbed: Path, tmp_path: 
     assert "error: a loader process died" in output
     finish(start(options, tmp_path))
     assert_same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_demo_leaves_no_training_running(number: int, tmp_path: Path) -> None:
+    """A signal to the demo alone, which may not even notice: what it has started saves and ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.demo"],
+        **dict(env=ONE_THREAD | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path),
+        **dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True),
+    )
+    watchdog = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog.start()
+    try:
+        next(steps_of(process))
+        process.send_signal(number)
+        output = process.stdout.read()  # until nobody is left who could write to it
+    finally:
+        watchdog.cancel()
+    process.wait()
+    assert "SIGTERM received: saved at epoch 0" in output, output
+    assert ("run it again to continue" in output) == (number != signal.SIGKILL), output
+    assert "Traceback" not in output, output
+    assert read_checkpoint(tmp_path / "logs/demo/dense" / LAST)["images"] > 0
 
 
 def test_two_machines_without_a_shared_disk(options: list[str], undisturbed_pair: Path, tmp_path: Path) -> None:
