@@ -105,6 +105,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"no such folder: {args.input}")
     if args.json:
         check_writable(args.json)
+    if not args.input:
+        rates = None if args.keep_rates is None else tuple(args.keep_rates)
+        with torch.device("meta"):
+            build_model(ModelSpec(args.arch, args.base_rate, img_size=args.input_size, keep_rates=rates))
 
 
 def run(args: argparse.Namespace) -> dict:
