@@ -58,7 +58,7 @@ def share_scores(scores: Tensor, groups: Tensor) -> Tensor:
     return torch.cat([scores[:, :1], torch.where(before >= 0, shared, later)], dim=1)
 
 
-def describe(model: nn.Module, trace: Trace) -> list[str]:
+def stage_lines(model: nn.Module, trace: Trace) -> list[str]:
     """What a caption says of the model's stages, in short lines."""
     counts = [trace.groups.shape[2], *(kept.shape[1] for kept in trace.kept)]
     blocks = ", ".join(map(str, model.pruning_loc))

@@ -92,7 +92,7 @@ class Output:
         shown = self.sample[:NUM_PICTURES]
         strips = pictures.sheet_of_strips(shown, trace, pictures.has_fast_path(model))
         heat_maps = pictures.sheet_of_heat_maps(shown, trace)
-        lines = [f"epoch {epoch}", *pictures.describe(model, trace)]
+        lines = [f"epoch {epoch}", *pictures.stage_lines(model, trace)]
         self.events.add_image("kept patches", pictures.caption(strips, [*lines, pictures.legend(model)]), epoch)
         self.events.add_image("keep scores", pictures.caption(heat_maps, [*lines, pictures.HEAT_LEGEND]), epoch)
         if not model.scorer.probability:

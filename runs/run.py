@@ -253,7 +253,7 @@ def log_model(model: nn.Module, gflops: dict[str, float]) -> None:
     if not spec.dense:
         log(
             f"{gflops['dynamic'] / gflops['dense']:.1%} of the dense model's {gflops['dense']:.4g} GFLOPs: "
-            f"{spec.scorer} + {spec.reducer} before blocks {', '.join(map(str, spec.pruning_loc))} keep "
+            f"{spec.scorer} + {spec.reducer} {spec.place} blocks {', '.join(map(str, spec.pruning_loc))} keep "
             f"{', '.join(f'{rate:.1%}' for rate in spec.keep_rates)} of the tokens"
         )
 

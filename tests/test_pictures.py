@@ -323,7 +323,7 @@ def test_embeddings_are_compared_by_their_cosine() -> None:
 def test_captions_say_where_stages_are(spec: ModelSpec, caption: str, label: str) -> None:
     model, size = tiny_model(spec), spec.img_size
     trace = pictures.prune(model, random_image(size, size)[None])
-    assert pictures.describe(model, trace)[0] == caption
+    assert pictures.stage_lines(model, trace)[0] == caption
     assert visualize.stage_labels(model, trace)[0] == label
 
 

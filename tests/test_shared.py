@@ -62,7 +62,7 @@ def test_what_cannot_be_written_is_said_before_any_work(tmp_path: Path) -> None:
             check_writable(path)
 
 
-def test_photos(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     write_images(tmp_path / "cats", 3)
     (tmp_path / "cats" / "1.jpg").write_text("no image")
     found = find_photos(tmp_path)
@@ -75,8 +75,10 @@ def test_photos(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         list(read_photos(found[1:2]))
     with pytest.raises(UserError, match="none of the 2 images"):
         list(read_photos([found[1], found[1]]))
-    with pytest.raises(UserError, match="no image, and no folder of images"):
-        find_photos(tmp_path / "dogs")
+    monkeypatch.chdir(tmp_path)
+    for nothing in (tmp_path / "dogs", "", " "):
+        with pytest.raises(UserError, match="no image, and no folder of images"):
+            find_photos(nothing)
 
     config = {"input_size": (3, 16, 24), "mean": (0, 0, 0), "std": (1, 1, 1), "crop_pct": 1.0}
     batch = batch_of(read.values(), config, count=5)

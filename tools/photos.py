@@ -19,7 +19,8 @@ def find_photos(source: str | Path, count: int | None = None) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
-    found = [Path(file) for file in list_images(path)] if path.is_dir() else []
+    named = str(source).strip() and path.is_dir()  # an empty name comes from a variable that is not set
+    found = [Path(file) for file in list_images(path)] if named else []
     if not found:
         raise UserError(f"no image, and no folder of images: {source}")
     return found[:count]
