@@ -159,3 +159,15 @@ def test_the_nearest_cost_is_taken() -> None:
     swin = build_model(ModelSpec("swin_t", num_classes=3, img_size=64, sizes={"embed_dim": 8})).spec
     with pytest.raises(ValueError):
         rivals.nearest("tome", swin, 0.1)
+
+
+@pytest.mark.parametrize(
+    "rival", [rivals.tome(4, 16, 2), rivals.pitome(4, 16, 0.8), rivals.diffrate(("17 14 9 5", "17 12 7 5"), 0.1)]
+)
+def test_rivals_are_one_graph(rival: rivals.Rival) -> None:
+    """For tools.benchmark --compile."""
+    model = rivals.make_rival(small_dense(), rival)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(compiled(x), model(x))

@@ -61,7 +61,7 @@ TABLE = Table(COLUMNS)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="benchmark", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="benchmark", description=(__doc__ or "").split("\n")[0])
     add, rate = parser.add_argument, number(float, KEEP_RATE)
     add("--arch", default="deit_small", help="one of ours, or a timm name")
     add("--base-rate", type=rate, default=0.7, help="share of its tokens that each stage keeps")

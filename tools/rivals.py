@@ -223,7 +223,8 @@ class PruneAndMerge(Reducer):
 
 def diffrate(published: tuple[str, str], gflops: float) -> Rival:
     """One of DIFFRATE_TOKENS."""
-    num_patches, counts, pruned = 196, [], {}
+    counts, pruned = [], {}
+    num_patches = int(published[0].split()[0]) - 1
     for after_pruning, after_merging in zip(*(map(int, words.split()) for words in published), strict=True):
         left = min(num_patches, after_pruning - 1)
         kept = min(left, after_merging - 1)
