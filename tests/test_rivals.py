@@ -95,16 +95,24 @@ def test_pitome_merges_what_is_like_many() -> None:
     scores = rivals.EnergyScorer({5: 0.9})(look(keys), None)
     assert scores.scores.argmax().item() == 3
     similarity = torch.nn.functional.cosine_similarity(keys[:, None], keys[None], dim=-1)
-    below = (similarity - 0.9).exp() - 1
-    torch.testing.assert_close(-scores.scores[0], torch.where(similarity >= 0.9, similarity, below).mean(dim=1))
+    above, below = similarity - 0.9, (similarity - 0.9).exp() - 1
+    torch.testing.assert_close(-scores.scores[0], torch.where(above >= 0, above, below).mean(dim=1))
 
     x = torch.tensor([[[7.0], [10.0], [20.0], [30.0], [40.0], [60.0]]])
-    merged = rivals.EnergyReducer()(x, scores, torch.ones(1, 5), num_keep=3, num_prefix=1)
+    merged = rivals.EnergyReducer(early=set())(x, scores, torch.ones(1, 5), num_keep=3, num_prefix=1)
     order = scores.scores.argsort()[0].tolist()
-    assert merged.kept.tolist() == [[order[4], order[1], order[3]]] and order[4] == 3
+    assert order[4] == 3 and set(merged.kept[0].tolist()) == {3, order[1], order[3]}
     assert merged.x[0, 1] == 40 and merged.size.sum() == 5
     assert merged.x[0, 1:, 0] @ merged.size[0] == pytest.approx(160), "means by size"
-    assert merged.place[0, order[0]] in (1, 2) and merged.place[0, order[2]] in (1, 2)
+    groups = merged.kept.gather(1, merged.place)[0].tolist()  # of each token, the kept one that it is part of
+    assert all(groups[i] in (order[1], order[3]) for i in (order[0], order[2]))
+
+    # early, among all: the one pair that is most alike
+    merged = rivals.EnergyReducer(early={5})(x, scores, torch.ones(1, 5), num_keep=4, num_prefix=1)
+    pairs = [(i, j) for i in order[::2] for j in order[1::2]]
+    one, other = max(pairs, key=lambda pair: similarity[pair])
+    groups = merged.kept.gather(1, merged.place)[0].tolist()
+    assert groups == [other if i == one else i for i in range(5)]
 
 
 def test_diffrate_drops_then_merges() -> None:

@@ -7,10 +7,11 @@ computes every token, as in their figures. Shapes: B images, N patch tokens that
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from dynamicvit.models import ModelSpec, Reduced, Reducer, Scorer, Scores, build_model
 from dynamicvit.models.dynamic import Plan
 from dynamicvit.models.families import family_of
@@ -20,7 +21,7 @@ from dynamicvit.models.scorers import AttentionScorer, Look
 from torch import Tensor, nn
 
 RIVALS = {"tome": "ToMe", "pitome": "PiToMe", "diffrate": "DiffRate"}
-LARGEST_MARGIN = 0.9  # of PiToMe, in the first block; towards 0 in the last
+LARGEST_MARGIN = 0.95  # of PiToMe, in the first block; towards 0 in the last
 RATIO_STEPS = 250  # in which PiToMe's ratio is chosen, from 0.5 to 1
 
 # DiffRate's published schedules, by channels and GFLOPs: tokens left in each of 12 blocks after pruning, and then
@@ -131,7 +132,7 @@ def tome(depth: int, num_patches: int, r: int) -> Rival:
 
 class EnergyScorer(Scorer):
     """How little a token is like the others (PiToMe, section 3.2): minus its energy, the mean over all tokens of their
-    similarity, of which what lies below a margin counts less and less.
+    similarity above a margin, where what lies below it counts less and less.
 
     margins: by the number of tokens that come to a block, as the margin falls from block to block.
     """
@@ -149,37 +150,52 @@ class EnergyScorer(Scorer):
         keys = mean_keys(look)
         similarity = cosine_similarity(keys, keys)
         margin = self.margins[keys.shape[1]]
-        energy = torch.where(similarity >= margin, similarity, (similarity - margin).exp() - 1).mean(dim=-1)
+        energy = F.elu(similarity - margin).mean(dim=-1)
         return Scores(-energy, similarity=similarity)
 
 
 class EnergyReducer(Reducer):
-    """The tokens of most energy merge in pairs: every second one of them joins the most similar of the others."""
+    """Pairs of tokens of much energy merge: every second one, in that order, joins the most similar of the others.
+
+    As the authors' code does it for DeiT: in late blocks among the tokens of most energy only, twice as many as have
+    to go, so that the others are protected; in early blocks among all, and the pairs that are most alike merge.
+    early: the numbers of tokens that come to the early blocks.
+    """
 
     name = "energy merge"
     merges = True
 
+    def __init__(self, early: Set[int]) -> None:
+        self.early = early
+
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
-        num_merging = size.shape[1] - num_keep
+        num_patches = size.shape[1]
+        num_merging = num_patches - num_keep
         order = scores.scores.argsort(dim=1)
-        merging, targets = order[:, : 2 * num_merging : 2], order[:, 1 : 2 * num_merging : 2]
-        protected = order[:, 2 * num_merging :]
-        kept = torch.cat([protected, targets], dim=1)
         if num_merging == 0:
-            return merge_groups(x, places(kept, merging, merging), kept, size, num_prefix)
-        rows = scores.similarity.gather(1, merging[..., None].expand(-1, -1, size.shape[1]))
-        nearest = rows.gather(2, targets[:, None].expand(-1, num_merging, -1)).argmax(dim=-1)
-        return merge_groups(x, places(kept, merging, protected.shape[1] + nearest), kept, size, num_prefix)
+            return merge_groups(x, places(order, order[:, :0], order[:, :0]), order, size, num_prefix)
+        paired = num_patches if num_patches in self.early else 2 * num_merging
+        ones, others, protected = order[:, :paired:2], order[:, 1:paired:2], order[:, paired:]
+        rows = scores.similarity.gather(1, ones[..., None].expand(-1, -1, num_patches))
+        between = rows.gather(2, others[:, None].expand(-1, ones.shape[1], -1))
+        likeness, nearest = between.max(dim=-1)
+        alike = likeness.argsort(dim=1, descending=True)
+        merging, left = alike[:, :num_merging], alike[:, num_merging:]
+        kept = torch.cat([protected, ones.gather(1, left), others], dim=1)
+        target = num_keep - others.shape[1] + nearest.gather(1, merging)
+        return merge_groups(x, places(kept, ones.gather(1, merging), target), kept, size, num_prefix)
 
 
 def pitome(depth: int, num_patches: int, ratio: float) -> Rival:
     """Every block keeps this share of its tokens, half of them at least."""
-    counts, margins = [], {}
+    counts, margins, early = [], {}, set()
     for block in range(depth):
         margins.setdefault(num_patches, LARGEST_MARGIN * (1 - block / depth))
+        if block < depth / 2:
+            early.add(num_patches)
         num_patches -= int(num_patches - num_patches * ratio)
         counts.append(num_patches)
-    return Rival(f"PiToMe, ratio {ratio:.3g}", tuple(counts), EnergyScorer(margins), EnergyReducer())
+    return Rival(f"PiToMe, ratio {ratio:.3g}", tuple(counts), EnergyScorer(margins), EnergyReducer(early))
 
 
 # --- DiffRate
