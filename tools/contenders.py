@@ -108,7 +108,8 @@ def make_models(settings: Settings, input_size: int, base_rate: float) -> dict[s
 def merged_spec(published: ModelSpec, dense: nn.Module, gflops: float, place: str | None) -> ModelSpec:
     """What make_dynamic(speedup=) takes, at so many GFLOPs."""
     place = place or (FOR_SPEED.place if can_split(dense, family_of(dense)) else "before")
-    stages = spread(len(dense.blocks), place)
+    speedup = count_gflops(dense, dense.spec.img_size) / gflops
+    stages = spread(len(dense.blocks), speedup, place)
     spec = replace(published, scorer=FOR_SPEED.scorer, reducer=FOR_SPEED.reducer, place=place, pruning_loc=stages)
     return replace(spec, keep_rates=solve_keep_rates(spec, gflops))
 
