@@ -23,6 +23,7 @@ PAGE = 216  # behind the panels: grey, so that a dropped patch on an edge is sti
 GAP = 6  # pixels between panels
 HEAT = ((20, 10, 90), (200, 40, 100), (255, 235, 80))  # from low to high; ever lighter, to be read in grey print too
 HEAT_OPACITY = 0.6
+HEAT_LEGEND = "the lighter, the longer it stays (by rank)"
 TEXT_SIZE = 14
 MIN_TEXT_SIZE = 8
 TEXT_INDENT = 2
@@ -37,7 +38,7 @@ FRAME_SECONDS, LAST_FRAME_SECONDS = 0.8, 2.0
 def prune(model: nn.Module, images: Tensor) -> Trace:
     """What a dynamic model does with (B, 3, H, W) uint8 images; leaves it in the mode in which it was.
 
-    A predictor's scores become probabilities of being kept. Merged patches have the score of their token.
+    Scores that are logarithms of probabilities become these. Merged patches have the score of their token.
     """
     was_training = model.training
     device = next(model.parameters()).device
@@ -46,7 +47,7 @@ def prune(model: nn.Module, images: Tensor) -> Trace:
         trace = model.trace(model.spec.preprocessing.normalise(images.to(device)))
     finally:
         model.train(was_training)
-    scores = trace.scores.exp() if model.scorer == "predictor" else trace.scores
+    scores = trace.scores.exp() if model.scorer.probability else trace.scores
     return trace._replace(scores=share_scores(scores, trace.groups))
 
 
@@ -57,9 +58,24 @@ def share_scores(scores: Tensor, groups: Tensor) -> Tensor:
     return torch.cat([scores[:, :1], torch.where(before >= 0, shared, later)], dim=1)
 
 
+def stage_lines(model: nn.Module, trace: Trace) -> list[str]:
+    """What a caption says of the model's stages, in short lines."""
+    counts = [trace.groups.shape[2], *(kept.shape[1] for kept in trace.kept)]
+    blocks = ", ".join(map(str, model.pruning_loc))
+    what = "locations" if has_fast_path(model) else "tokens"
+    return [f"{model.scorer} + {model.reducer}, {model.place} blocks {blocks}", f"{what} {', '.join(map(str, counts))}"]
+
+
+def legend(model: nn.Module) -> str:
+    """What became of the patches that were not kept, as it is drawn."""
+    if has_fast_path(model):
+        return "faded: on the fast path"
+    return "one colour and a border: one token" if model.reducer.merges else "white: dropped"
+
+
 def has_fast_path(model: nn.Module) -> bool:
     """Whether what is not kept stays, on a shorter way, as in a dynamic Swin or ConvNeXt; it is then drawn faded."""
-    return model.reducer == "fast path"
+    return model.keeps_map
 
 
 def spread_patches(values: Tensor, picture: Tensor) -> Tensor:
@@ -127,13 +143,21 @@ def strip(image: Tensor, groups: Tensor, grid: Grid, fast_path: bool = False) ->
 
 
 def heat_map(scores: Tensor, grid: Grid, image: Tensor) -> Tensor:
-    """(N,) scores as colours over the image, from its lowest to its highest; NaN is white."""
-    scores = scores.cpu().unflatten(0, grid)
-    low, high = scores[~scores.isnan()].aminmax()
-    levels = (scores - low) / (high - low).clamp(min=1e-12)
-    pixels = spread_patches(levels, image)
+    """(N,) scores as colours over the image, by rank; NaN is white."""
+    pixels = spread_patches(rank_levels(scores.cpu()).unflatten(0, grid), image)
     colours = HEAT_OPACITY * heat_colours(pixels.nan_to_num()) + (1 - HEAT_OPACITY) * image.float().mean(dim=0)
     return colours.byte().masked_fill(pixels.isnan(), WHITE)
+
+
+def rank_levels(scores: Tensor) -> Tensor:
+    """(N,) scores -> (N,) levels from 0 for the lowest to 1 for the highest, in even steps; the same for equal scores.
+
+    Importance has a few peaks far above all the rest: drawn by value, a picture of it is almost black.
+    """
+    known = ~scores.isnan()
+    values, rank = scores[known].unique(return_inverse=True)
+    steps = max(1, len(values) - 1)
+    return torch.full(scores.shape, torch.nan).masked_scatter(known, rank.float() / steps)
 
 
 def heat_colours(levels: Tensor) -> Tensor:

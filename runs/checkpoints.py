@@ -1,7 +1,6 @@
 """A run's checkpoints: which one to resume, what is in it, and writing it so that nothing is lost."""
 
 import argparse
-import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from dynamicvit.models import (
     read_checkpoint,
 )
 from dynamicvit.models.pretrained import BEST, LAST, checkpoint_in
+from dynamicvit.runs.whole import temporary_path, whole_file
 from dynamicvit.utils import gather, get_rank, is_main_process, log
 from torch import Tensor, nn
 
@@ -285,11 +285,6 @@ def make_writable(place: Place) -> None:
         raise UserError(f"cannot write to --output-dir {folder} ({error.strerror})") from error
 
 
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it gets its name, so that it is whole at any moment."""
-    return path.with_name(path.name + ".tmp")
-
-
 class CheckpointWriter:
     """Writes checkpoints in the background; training waits for the copy and the write before it. Used by rank 0.
 
@@ -339,14 +334,9 @@ def copy_to_cpu(value: object) -> object:
 
 def write_checkpoint(content: dict, path: Path) -> None:
     """Writes aside, flushes and renames: path is whole at any moment, even if the disk is full."""
-    temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"cannot write {path} ({reason}); the checkpoint before it is untouched") from error

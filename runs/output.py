@@ -1,7 +1,6 @@
 """What a run leaves in --output-dir: checkpoints, log.txt and TensorBoard events."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from dynamicvit.datasets import AugmentedDataset
 from dynamicvit.errors import UserError
-from dynamicvit.models.pictures import has_fast_path, prune, sheet_of_heat_maps, sheet_of_strips
-from dynamicvit.runs.checkpoints import CheckpointWriter, Progress, RunState, temporary_path
+from dynamicvit.models import pictures
+from dynamicvit.runs.checkpoints import CheckpointWriter, Progress, RunState
+from dynamicvit.runs.whole import write_whole
 from dynamicvit.utils import is_main_process
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -44,9 +44,7 @@ class Output:
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """A line of JSON an epoch; whole at any moment, and written anew each time, so that a run killed in
         between leaves no line twice."""
-        path = self.folder / "log.txt"
-        temporary_path(path).write_text("".join(json.dumps(record) + "\n" for record in history))
-        os.replace(temporary_path(path), path)
+        write_whole(self.folder / "log.txt", "".join(json.dumps(record) + "\n" for record in history))
 
     def write_epoch(self, history: list[dict[str, Any]], pace: float, model: nn.Module) -> None:
         """log.txt, and the same in TensorBoard with pictures and the pace, which differs from run to run."""
@@ -75,15 +73,29 @@ class Output:
         for name, value in record.items():
             self.events.add_scalar(name, value, epoch)
         if not model.spec.dense:
-            self._write_pictures(model, epoch)
+            self._try_pictures(model, epoch)
         self.events.flush()
 
+    def _try_pictures(self, model: nn.Module, epoch: int) -> None:
+        """A picture is worth a warning, never a run; a full disk is warn_if_disk_full's."""
+        try:
+            self._write_pictures(model, epoch)
+        except OSError:
+            raise
+        except Exception as error:  # a user's own scorer may give anything
+            reason = (str(error).splitlines() or [""])[0]
+            warning = f"warning: no pictures of epoch {epoch} ({type(error).__name__}: {reason})"
+            print(warning, file=sys.stderr, flush=True)
+
     def _write_pictures(self, model: nn.Module, epoch: int) -> None:
-        trace = prune(model, self.sample)
+        trace = pictures.prune(model, self.sample)
         shown = self.sample[:NUM_PICTURES]
-        self.events.add_image("kept patches", sheet_of_strips(shown, trace, has_fast_path(model)), epoch)
-        self.events.add_image("keep scores", sheet_of_heat_maps(shown, trace), epoch)
-        if model.scorer != "predictor":
+        strips = pictures.sheet_of_strips(shown, trace, pictures.has_fast_path(model))
+        heat_maps = pictures.sheet_of_heat_maps(shown, trace)
+        lines = [f"epoch {epoch}", *pictures.stage_lines(model, trace)]
+        self.events.add_image("kept patches", pictures.caption(strips, [*lines, pictures.legend(model)]), epoch)
+        self.events.add_image("keep scores", pictures.caption(heat_maps, [*lines, pictures.HEAT_LEGEND]), epoch)
+        if not model.scorer.probability:
             return
         # as training draws them, the mean probability to be kept; 0 for a token dropped at an earlier stage,
         # and a merged token counts as the patches in it

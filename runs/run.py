@@ -14,19 +14,19 @@ from dynamicvit.recipe import Trainer
 from dynamicvit.runs.checkpoints import BEST, LAST, Place, Progress, RunState
 from dynamicvit.runs.clocks import Eta, SaveClock
 from dynamicvit.runs.output import Output
+from dynamicvit.runs.tables import Column, Table
 from dynamicvit.signals import Stopped, StopSignal
 from dynamicvit.utils import get_world_size, is_main_process, log, max_over_processes, start_max_over_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 Record = dict[str, float]  # what log.txt says of an epoch
-# of the summary: heading and decimals
-COLUMNS = {
-    "top1": ("top-1 %", 2),
-    "top5": ("top-5 %", 2),
-    "agreement": ("agree %", 2),
-    "kl": ("KL", 4),
-    "cosine": ("cosine", 4),
+COLUMNS = {  # of the summary
+    "top1": Column("top-1 %", ".2f", 9),
+    "top5": Column("top-5 %", ".2f", 9),
+    "agreement": Column("agree %", ".2f", 9),
+    "kl": Column("KL", ".4f", 9),
+    "cosine": Column("cosine", ".4f", 9),
 }
 
 
@@ -253,7 +253,7 @@ def log_model(model: nn.Module, gflops: dict[str, float]) -> None:
     if not spec.dense:
         log(
             f"{gflops['dynamic'] / gflops['dense']:.1%} of the dense model's {gflops['dense']:.4g} GFLOPs: "
-            f"{spec.scorer} + {spec.reducer} before blocks {', '.join(map(str, spec.pruning_loc))} keep "
+            f"{spec.scorer} + {spec.reducer} {spec.place} blocks {', '.join(map(str, spec.pruning_loc))} keep "
             f"{', '.join(f'{rate:.1%}' for rate in spec.keep_rates)} of the tokens"
         )
 
@@ -265,11 +265,11 @@ def print_summary(spec: ModelSpec, gflops: dict[str, float], dense: Record | Non
     rows.append((f"{kind}, epoch {best['epoch']} (best)", gflops[kind], of_set(best, "val/")))
     if any(name.startswith("val_ema/") for name in best):
         rows.append((f"{kind}, moving average", gflops[kind], of_set(best, "val_ema/")))
-    columns = [name for name in COLUMNS if any(name in stats for _, _, stats in rows)]
-    log(f"\n{spec.arch:<30}{'GFLOPs':>10}" + "".join(f"{COLUMNS[name][0]:>10}" for name in columns))
+    measured = {name: column for name, column in COLUMNS.items() if any(name in stats for _, _, stats in rows)}
+    table = Table({"model": Column(spec.arch, width=30), "gflops": Column("GFLOPs", ".4g", 9)} | measured)
+    log(f"\n{table.heading()}")
     for label, cost, stats in rows:
-        cells = [f"{stats[name]:>10.{COLUMNS[name][1]}f}" if name in stats else f"{'':>10}" for name in columns]
-        log(f"{label:<30}{cost:>10.4g}" + "".join(cells))
+        log(table.line({"model": label, "gflops": cost, **stats}))
 
 
 def of_set(record: Record, prefix: str) -> Record:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, write_images
+from conftest import DEVICES, needs_gpu, write_images
 from dynamicvit.errors import exit_status
 from dynamicvit.models import ARCHS, create_model
 from dynamicvit.models.flops import count_gflops
-from dynamicvit.tools import benchmark
+from dynamicvit.models.patches import PatchProjection
+from dynamicvit.tools import benchmark, contenders
 from torch._dynamo.testing import CompileCounter
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +38,8 @@ def small_archs(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(ARCHS, name, small)
 
 
-def settings(**changes: object) -> benchmark.Settings:
-    plain = benchmark.Settings("deit_tiny", 0.7, None, 32, 2, "off", "cpu", None, False, 1)
+def settings(**changes: object) -> contenders.Settings:
+    plain = contenders.Settings("deit_tiny", 0.7, None, None, 32, (2,), "off", "cpu", None, False, False, 1)
     return replace(plain, **changes)
 
 
@@ -54,16 +55,21 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_inference_report(tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
-    result = run_command("--base-rate", "0.5", "--json", str(file))
+    result = run_command("--base-rate", "0.5", "--batch-size", "1", "2", "--markdown", "--json", str(file))
     report = json.loads(file.read_text())
     assert report["hardware"] in result.stdout
-    dense, dynamic, merged = report["rows"]
-    assert (dense["model"], dynamic["model"], merged["model"]) == ("dense", "dynamic", "merged")
+    names = ["dense", "dynamic", "merged", "bound", "ToMe"]
+    assert [(row["batch_size"], row["model"]) for row in report["rows"]] == [(b, n) for b in (1, 2) for n in names]
+    assert result.stdout.count("\n| ") == 2 + 10, "a table for docs"
+    dense, dynamic, merged, bound, tome = report["rows"][5:]
     assert merged["gflops"] == pytest.approx(dynamic["gflops"], rel=0.1)
+    assert tome["gflops"] == pytest.approx(dynamic["gflops"], rel=0.3)  # of 4 tokens
+    assert 0.9 * merged["gflops"] < bound["gflops"] < merged["gflops"], "choosing tokens costs something"
     assert dense["gflops"] == pytest.approx(count_gflops(create_model("deit_tiny", img_size=32, dense=True), 32))
     assert dynamic["gflops"] == pytest.approx(count_gflops(create_model("deit_tiny", 0.5, img_size=32), 32))
     assert dynamic["gflops_ratio"] == pytest.approx(dense["gflops"] / dynamic["gflops"])
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in report["rows"])
+    assert all((row["peak_mib"] is None) == (row["batch_size"] == 1) for row in report["rows"])
     assert "profil" not in result.stderr
 
 
@@ -71,27 +77,54 @@ def test_counting_the_memory_of_training_is_quiet() -> None:
     assert "profil" not in run_command("--train").stderr
 
 
-def test_ratio_is_taken_within_a_round() -> None:
-    # the machine was three times slower from the second round on, and hit the dense model alone at first
-    seconds = {"dense": np.array([2.0, 6.0, 6.0]), "dynamic": np.array([1.0, 1.0, 3.0])}
-    assert benchmark.ratio_to_dense(seconds, "dynamic") == 2
+def test_row_is_made_of_the_seconds_measured() -> None:
+    seconds = {"dense": np.array([1.0, 2.0, 4.0]), "dynamic": np.array([1.0, 0.5, 1.0])}
+    dense, dynamic = (benchmark.summarize(seconds, name, batch_size=2) for name in seconds)
+    assert (dense["images_per_s"], dynamic["images_per_s"]) == (1, 2)
+    assert dense["spread"] == pytest.approx(1.5 / 2)
+    assert (dense["ratio"], dynamic["ratio"]) == (1, 4)
+    assert dynamic["p50_ms"] == pytest.approx(1000) and dense["p95_ms"] == pytest.approx(3800)
 
 
 @pytest.mark.usefixtures("small_archs")
-def test_row_is_made_of_the_seconds_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(steps, images, labels, rounds, steps_per_turn) -> dict[str, np.ndarray]:
-        if len(images) == 1:
-            times = {"dense": np.array([0.01, 0.01, 0.03]), "dynamic": np.array([0.01, 0.005, 0.01])}
-        else:
-            times = {"dense": np.array([1.0, 2.0, 4.0]), "dynamic": np.array([1.0, 0.5, 1.0])}
-        return times | {"merged": times["dynamic"]}
+@pytest.mark.parametrize("place", ["before", "inside"])
+def test_the_bound_has_the_same_stages_and_looks_at_nothing(place: str) -> None:
+    models = contenders.make_models(settings(place=place, input_size=64), 64, 0.5)
+    merged, bound = models["merged"].eval(), models["bound"].eval()
+    assert merged.spec.scorer == "distinct" and merged.place == bound.place == place
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        merged, bound = merged.trace(images), bound.trace(images)
+    assert [kept.shape for kept in bound.kept] == [kept.shape for kept in merged.kept]
+    assert all(kept.tolist() == [list(range(kept.shape[1]))] * 2 for kept in bound.kept)
 
-    monkeypatch.setattr(benchmark, "interleave", seconds)
-    dense, dynamic, _ = benchmark.measure(settings(), 32, 0.7)
-    assert (dense["images_per_s"], dynamic["images_per_s"]) == (1, 2)  # batch 2
-    assert dense["spread"] == pytest.approx(1.5 / 2)
-    assert (dense["ratio"], dynamic["ratio"]) == (1, 4)
-    assert dynamic["p50_ms"] == pytest.approx(10) and dynamic["latency_ratio"] == pytest.approx(2)
+
+@pytest.mark.usefixtures("small_archs")
+def test_dense_with_patches_by_product_is_a_row_where_it_is_another_kernel() -> None:
+    on_gpu = settings(device="cuda", amp="bf16")  # built on the CPU
+    models = contenders.make_models(on_gpu, 32, 0.7)
+    assert list(models)[:3] == ["dense", "dense, patches by product", "dynamic"]
+    assert type(models["dense"].patch_embed.proj) is torch.nn.Conv2d
+    assert type(models["dense, patches by product"].patch_embed.proj) is PatchProjection
+    for other in (replace(on_gpu, amp="off"), replace(on_gpu, device="cpu"), replace(on_gpu, train=True)):
+        assert "dense, patches by product" not in contenders.make_models(other, 32, 0.7)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("small_archs")
+def test_recorded_steps_are_measured(tmp_path: Path) -> None:
+    file = tmp_path / "speed.json"
+    flags = [*TINY[:-1], "cuda", "--graph", "--amp", "bf16", "--json", str(file)]
+    benchmark.command(flags)
+    assert json.loads(file.read_text())["rows"][0]["model"] == "dense"
+
+
+@needs_gpu
+def test_a_recording_computes_the_batch_that_it_is_given() -> None:
+    seen = torch.zeros(2, device="cuda")
+    step = contenders.recorded(lambda x, _: seen.copy_(2 * x), torch.zeros(2, device="cuda"), seen)
+    step(torch.tensor([1.0, 2.0], device="cuda"), seen)
+    assert seen.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("flags", [[], ["--train"]])
@@ -101,12 +134,12 @@ def test_models_compared_have_the_same_weights(flags: list[str], monkeypatch: py
 
     def prepare(contender, images, labels, compile_mode) -> dict:
         weights.extend({n: t.clone() for n, t in module.state_dict().items()} for module in contender.modules)
-        return {"gflops": 1.0}
+        return {"gflops": 1.0, "peak_mib": 1.0}
 
     monkeypatch.setattr(benchmark, "prepare", prepare)
-    benchmark.measure(settings(train=bool(flags)), 32, 0.7)
+    list(benchmark.measure(settings(train=bool(flags)), 32, 0.7))
     dense, *others = weights
-    assert len(others) == (6 if flags else 2)  # a teacher's names begin with vit.
+    assert len(others) == (6 if flags else 4)  # a teacher's names begin with vit.
     for other in others:
         other = {name.removeprefix("vit."): tensor for name, tensor in other.items()}
         assert all(torch.equal(other[name], tensor) for name, tensor in dense.items())
@@ -124,9 +157,9 @@ def test_peak_memory_of_a_step(device: str) -> None:
 
     images = torch.ones(2000, 1000, device=device)
     step(images, images)
-    contender = benchmark.Contender(step, [model], optimizer)
-    assert benchmark.bytes_held(contender) == 8e6  # weights and momentum
-    allocated = benchmark.peak_allocated(lambda: step(images, images), on_gpu=device == "cuda")
+    contender = contenders.Contender(step, [model], optimizer)
+    assert contenders.bytes_held(contender) == 8e6  # weights and momentum
+    allocated = contenders.peak_allocated(lambda: step(images, images), on_gpu=device == "cuda")
     # the product and its exponential, then the gradients in their place; a GPU's cuBLAS needs some more
     assert allocated == pytest.approx(16e6, rel=0.01) if device == "cpu" else 16e6 <= allocated < 100e6
 
@@ -146,7 +179,7 @@ def test_training_report(arch: str, tmp_path: Path) -> None:
     benchmark.command([*TINY, "--arch", arch, "--train", "--amp", "bf16", "--repeats", "1", "--json", str(file)])
     rows = json.loads(file.read_text())["rows"]
     dense, alone, dynamic, distilled, merged = rows
-    assert [row["model"] for row in rows] == list(benchmark.TRAININGS)
+    assert [row["model"] for row in rows] == list(contenders.TRAININGS)
     assert alone["gflops"] == pytest.approx(dense["gflops"] / 3, rel=0.15)  # forward alone
     assert merged["gflops"] < distilled["gflops"]  # tokens leave in training, too
     # no token leaves in training, and the teacher adds one forward pass of the dense model
@@ -189,6 +222,8 @@ def test_scaling_compiles_any_number_of_models(monkeypatch: pytest.MonkeyPatch) 
         (["--input", "nowhere"], "no such folder: nowhere"),
         (["--input", "tests", "--train"], "leave out --train"),
         (["--json", "nowhere/speed.json"], "cannot write nowhere/speed.json"),
+        (["--json", "/proc/speed.json"], "cannot write /proc/speed.json"),
+        (["--graph"], "--graph records inference on a GPU"),
     ],
 )
 def test_user_errors_are_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

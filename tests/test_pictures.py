@@ -1,5 +1,4 @@
 import io
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from dynamicvit.data.shapes import Shapes
-from dynamicvit.datasets import BatchTransform, DataOptions
+from dynamicvit.datasets import AugmentedDataset, BatchTransform, DataOptions, eval_transform
 from dynamicvit.errors import exit_status
-from dynamicvit.models import ModelSpec, build_model, pictures, save_pretrained
-from dynamicvit.models.pruning import Trace
+from dynamicvit.models import ModelSpec, Preprocessing, build_model, pictures, save_pretrained
+from dynamicvit.runs.checkpoints import Progress
+from dynamicvit.runs.output import Output
 from dynamicvit.tools import visualize
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -156,7 +156,14 @@ def test_heat_map_is_lightest_where_the_score_peaks() -> None:
     lightness = patches.mean(dim=(0, 3, 4)).flatten()
     assert lightness.argsort(descending=True).tolist() == [3, 4, 1, 5, 0, 2]
     assert lightness[3] == 255 > lightness[4]
-    assert torch.isfinite(pictures.heat_map(torch.ones(6), (2, 3), image).float()).all()
+    assert len(pictures.heat_map(torch.ones(6), (2, 3), image).unique()) <= 3, "equal scores have one colour"
+    assert (pictures.heat_map(torch.full((6,), torch.nan), (2, 3), image) == 255).all()
+
+
+def test_heat_map_shows_scores_of_any_spread() -> None:
+    """One peak a thousand times above the others: these still differ by even steps."""
+    levels = pictures.rank_levels(torch.tensor([1e-6, 5.0, 3e-6, torch.nan, 2e-6, 3e-6]))
+    torch.testing.assert_close(levels, torch.tensor([0, 1, 2 / 3, torch.nan, 1 / 3, 2 / 3]), equal_nan=True)
 
 
 def test_merged_patches_have_the_score_of_their_token() -> None:
@@ -295,7 +302,7 @@ def test_caption_gives_both_predictions(monkeypatch: pytest.MonkeyPatch) -> None
     names = ["ant", "bee", "cat", "dog", "eel"]
     visualize.draw(model, image, names, trained=True)
     *panels, lines = texts
-    assert panels == [["input"], *([f"stage {i}: {kept} of 16 tokens"] for i, kept in enumerate(KEPT, 1))]
+    assert panels == [["input"], *([f"before block {i}: {kept} of 16 tokens"] for i, kept in enumerate(KEPT, 1))]
     assert lines == [f"{what}: {names[p.argmax()]}, {p.max():.1%}" for what, p in probabilities.items()]
     visualize.draw(model, image, names, trained=False)
     assert texts[-1][1].startswith("dynamic, untrained: ")
@@ -306,11 +313,18 @@ def test_embeddings_are_compared_by_their_cosine() -> None:
     assert line == "dynamic: embedding with cosine 0.600 to that of all tokens"
 
 
-def test_locations_of_a_fast_path_are_not_called_tokens() -> None:
-    trace = Trace(
-        torch.zeros(1, 2), [torch.zeros(1, 3, dtype=torch.long)], torch.zeros(1, 1, 6), torch.zeros(1), (2, 3)
-    )
-    assert visualize.stage_labels(trace, fast_path=True) == ["stage 1: 3 of 6 locations"]
+@pytest.mark.parametrize(
+    ("spec", "caption", "label"),
+    [
+        (replace(MERGE, place="inside"), "attention + merge, inside blocks 1, 2, 3", "inside block 1: 9 of 16 tokens"),
+        (CONVNEXT, "predictor + fast path, before blocks 1, 2", "before block 1: 8 of 16 locations"),
+    ],
+)
+def test_captions_say_where_stages_are(spec: ModelSpec, caption: str, label: str) -> None:
+    model, size = tiny_model(spec), spec.img_size
+    trace = pictures.prune(model, random_image(size, size)[None])
+    assert pictures.stage_lines(model, trace)[0] == caption
+    assert visualize.stage_labels(model, trace)[0] == label
 
 
 def test_class_names(folder: Path) -> None:
@@ -324,20 +338,61 @@ def test_class_names(folder: Path) -> None:
     assert list(visualize.class_names(shapes, DataOptions("SHAPES"))) == list(Shapes.classes)
 
 
-def test_the_newest_run_is_the_default(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest run of somebody's logs/ is not the one meant, and may know no photos."""
     monkeypatch.chdir(tmp_path)
-    for time, (name, spec) in enumerate({"old": MERGE, "new": replace(SPEC, pruning_loc=(1, 2))}.items()):
-        path = tmp_path / "logs" / name / "checkpoint_best.pth"
-        save_run(tiny_model(spec), path)
-        os.utime(path, (time, time))
-    assert run(folder / "val/cats/odd.png") == 0
-    assert Image.open("logs/pictures/odd_strip.png").width == 3 * 230 + 6
+    save_run(tiny_model(), tmp_path / "logs" / "new" / "checkpoint_best.pth")
+    photo = folder / "val/cats/odd.png"
+    assert run(photo) == 2
+    assert run(folder / "run", photo) == 0
+    assert Image.open("logs/pictures/odd_strip.png").width == 4 * 230 + 6
+
+
+def test_damaged_weights_are_no_pictures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = tiny_model()
+    model.head.weight.data.fill_(torch.nan)
+    save_run(model, tmp_path / "run.pth")
+    assert run(tmp_path / "run.pth", folder / "val/cats/odd.png", "--output", tmp_path / "out") == 2
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_a_picture_never_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Scores that are NaN everywhere, and a scorer that fails: the log and the other values are there."""
+    val_set = AugmentedDataset(SmallImages(), eval_transform(32, Preprocessing(), "CIFAR"), train=False)
+    output = Output(str(tmp_path), Progress(), val_set)
+    model = tiny_model()
+    for parameter in model.score_predictor.parameters():
+        parameter.data.fill_(torch.nan)
+    history = [{"epoch": 0, "train/loss": 1.0}]
+    output.write_epoch(history, 1.0, model)
+    model.trace = lambda images: 1 / 0
+    history.append({"epoch": 1, "train/loss": 0.5})
+    output.write_epoch(history, 1.0, model)
+    output.close()
+    assert [line for line in capsys.readouterr().err.splitlines() if "epoch 1" in line] == [
+        "warning: no pictures of epoch 1 (ZeroDivisionError: division by zero)"
+    ]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == [1.0, 0.5]
+
+
+class SmallImages(torch.utils.data.Dataset):
+    classes = ("ant", "bee")
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(random_image(32, 32).permute(1, 2, 0).numpy()), 0
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["photo.png"], "no trained run under logs/"),
+        (["photo.png"], "which model? give it before the image: visualize MODEL photo.png"),
+        (["{run}", "photo.png", "--resume", "{run}"], "both name the weights; give one of them"),
+        (["missing.pth", "photo.png"], "missing.pth"),
         (["photo.png", "--resume", "missing.pth"], "no such file: missing.pth"),
         (["photo.png", "--resume", "empty"], "no checkpoint_best.pth, checkpoint_last.pth or config.json in empty"),
         (["photo.png", "--resume", "photo.png"], "photo.png is not a checkpoint"),

@@ -1,4 +1,5 @@
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ from dynamicvit.errors import exit_status
 from dynamicvit.models import REDUCERS, SCORERS, ModelSpec, build_model, create_model, geometric_keep_rates
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.tools import sweep
-from dynamicvit.tools.tome import ToMe, merge_most_similar
+from dynamicvit.tools.sweep_report import summarize
 from PIL import Image
 
 CPU = torch.device("cpu")
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "pruning_loc": (1, 2, 3)}
-NAMES = [f"{scorer} + {reducer}" for scorer in ("untrained", *list(SCORERS)[1:]) for reducer in REDUCERS] + ["ToMe"]
+NAMES = [f"{scorer} + {reducer}" for scorer in ("untrained", *list(SCORERS)[1:]) for reducer in REDUCERS]
+NAMES += ["ToMe", "PiToMe"]
 
 
 def small_model(arch: str = "deit_tiny", num_classes: int = 5, **changes: object) -> torch.nn.Module:
@@ -55,11 +57,13 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_sweep(weights: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_sweep(weights: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(weights, "--data-path", image_folder, "--base-rates", "0.8", "0.5", "--output", tmp_path) == 0
     rows = read_rows(tmp_path)
     names = [row["method"].partition(",")[0] for row in rows]
     assert names == ["dense", *NAMES, *NAMES]
+    assert {row["place"] for row in rows if row["method"] in NAMES} == {"before"}
+    assert "DiffRate is left out: DiffRate's token counts are published for" in capsys.readouterr().out
     assert [float(row["base_rate"]) for row in rows] == [1.0, *[0.8] * len(NAMES), *[0.5] * len(NAMES)]
     dense = rows[0]
     assert (float(dense["agreement"]), float(dense["kl"]), float(dense["top1_change"])) == (100, 0, 0)
@@ -88,7 +92,7 @@ def test_folder_without_labels(weights: Path, tmp_path: Path, capsys: pytest.Cap
     methods = ["--methods", "tome", "attention+merge", "--base-rates", "0.6"]
     assert run(weights, "--data-path", tmp_path / "photos", *methods, "--output", output) == 0
     assert "no labels: agreement and KL only" in capsys.readouterr().out
-    dense, tome, merged = read_rows(output)
+    dense, merged, tome = read_rows(output)
     assert merged["method"] == "attention + merge" and tome["method"].startswith("ToMe, r = ")
     assert {row["top1"] for row in (dense, tome, merged)} == {""}
     assert float(merged["kl"]) > 0
@@ -111,11 +115,42 @@ def test_class_folders_in_a_folder_of_their_own_are_labels(weights: Path, image_
     assert [row["top1"] for row in flat] == [row["top1"] for row in val] != ["", ""]
 
 
+def test_stages_inside_and_before(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_images(tmp_path / "photos", 5)
+    flags = ["--methods", "distinct+merge", "predictor+drop", "--places", "before", "inside", "--base-rates", "0.6"]
+    assert run(weights, "--data-path", tmp_path / "photos", *flags, "--output", tmp_path / "out") == 0
+    assert "predictor+drop inside blocks is left out" in capsys.readouterr().out
+    _, before, inside, _ = read_rows(tmp_path / "out")
+    assert [(row["method"], row["place"]) for row in (before, inside)] == [
+        ("distinct + merge", "before"),
+        ("distinct + merge", "inside"),
+    ]
+    assert before["kl"] != inside["kl"]
+    assert "distinct + merge, inside 0.6 kl" in np.load(tmp_path / "out" / "sweep.npz")
+
+
+def test_answers_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = small_model(num_classes=2, dense=True, pruning_loc=None)
+    model.head.bias.data.fill_(torch.nan)
+    torch.save({"model": model.state_dict()}, tmp_path / "dense.pth")
+    write_images(tmp_path / "photos", 5)
+    one = ["--methods", "attention+drop", "--base-rates", "0.6"]
+    assert run(tmp_path / "dense.pth", "--data-path", tmp_path / "photos", *one, "--output", tmp_path / "out") == 2
+    assert "the answers of dense are not finite" in capsys.readouterr().err
+
+
+def models_of(model: torch.nn.Module, methods: Sequence[str], trained: bool = False, rate: float = 0.6) -> dict:
+    """By name, at this rate."""
+    variants = sweep.variants_of(model, methods, (model.place,), trained)
+    for variant in variants[1:]:
+        variant.model.set_keep_rates(sweep.rates_of(variant.model, rate))
+    rivals = sweep.rivals_of(model, [name for name in methods if name in sweep.RIVALS], rate)
+    return {contestant.name: contestant.model for contestant in (*variants, *rivals)}
+
+
 def test_values_of_each_image() -> None:
     """10 images in batches of 4, in turns; the dense model's own answers as labels, but for 3 of them."""
-    model = small_model()
-    models = sweep.build_models(model, ["attention+drop"], trained=False, device=CPU)
-    sweep.set_base_rate(models, 0.6, model.spec)
+    models = models_of(small_model(), ["attention+drop"])
     batch = images(10)
     with torch.no_grad():
         dense, reduced = (models[name](as_float(batch)) for name in ("dense", "attention + drop"))
@@ -133,9 +168,7 @@ def test_errors_are_paired() -> None:
     """Right on 3 of 4, dense on 2: they differ on three images, by +1, +1 and -1."""
     correct, dense = np.array([1.0, 1, 0, 1]), np.array([0.0, 0, 1, 1])
     blank, seconds = np.zeros(4), np.ones(1)
-    row = sweep.summarize(
-        sweep.Answers(correct, dense, blank, seconds / 2), sweep.Answers(dense, dense, blank, seconds)
-    )
+    row = summarize(sweep.Answers(correct, dense, blank, seconds / 2), sweep.Answers(dense, dense, blank, seconds))
     assert (row["top1"], row["top1_change"], row["speedup"]) == (75, 25, 2)
     assert row["top1_se"] == pytest.approx(25)  # variance 1/4 by n - 1, over 4 images
     assert row["top1_change_se"] == pytest.approx(100 * (11 / 12 / 4) ** 0.5)  # squares about 1/4: 2.75, over 3
@@ -144,75 +177,44 @@ def test_errors_are_paired() -> None:
 @pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
 def test_methods_differ_in_nothing_but_tokens(arch: str) -> None:
     model = small_model(arch)
-    models = sweep.build_models(model, sweep.METHODS, trained=True, device=CPU)
-    assert {"dense", "learned + drop", "learned + merge", "ToMe"} < set(models)
+    models = models_of(model, sweep.METHODS, trained=True)
+    assert {"dense", "learned + drop", "learned + merge", "ToMe", "PiToMe"} < set(models)
     x = as_float(images(4))
     with torch.no_grad():
         dense = models["dense"](x)
-        sweep.set_base_rate(models, 0.6, model.spec)
         differing = [name for name, m in models.items() if not torch.allclose(m(x), dense, atol=1e-4)]
         assert differing == list(models)[1:]
         for name, variant in models.items():
-            if hasattr(variant, "set_keep_rates"):
+            if name in ("ToMe", "PiToMe"):
+                variant.set_keep_rates([1.0] * 4)
+            elif name != "dense":
                 variant.set_keep_rates([1.0] * 3)
-            elif name == "ToMe":
-                variant.r = 0
             torch.testing.assert_close(variant(x), dense, atol=1e-4, rtol=1e-4)
             assert next(variant.parameters()).data_ptr() in {p.data_ptr() for p in model.parameters()}
     learned = [models[f"learned + {reducer}"].score_predictor[0].in_conv[1].weight for reducer in ("drop", "merge")]
     assert len({w.data_ptr() for w in (*learned, model.score_predictor[0].in_conv[1].weight)}) == 1
 
 
+def test_rivals_cost_about_the_same() -> None:
+    model = small_model()
+    for rate in (0.8, 0.6):
+        costs = {name: count_gflops(m, 32) for name, m in models_of(model, sweep.METHODS, rate=rate).items()}
+        for name in ("ToMe", "PiToMe"):
+            assert costs[name] == pytest.approx(costs["random + drop"], rel=0.1)
+
+
 def test_what_a_backbone_cannot_do_is_left_out(capsys: pytest.CaptureFixture) -> None:
-    model = small_model(pruning_loc=(0, 2))
-    names = list(sweep.build_models(model, ["predictor+drop", "attention+merge"], trained=True, device=CPU))
+    names = list(models_of(small_model(pruning_loc=(0, 2)), ["predictor+drop", "attention+merge"], trained=True))
     assert names == ["dense", "learned + drop"]
-    assert "attention+merge is left out: the attention scorer reads the block before" in capsys.readouterr().out
+    message = "attention+merge before blocks is left out: the attention scorer reads the block before"
+    assert message in capsys.readouterr().out
 
     sizes = {"embed_dim": 8, "depths": (1, 1, 4, 1)}
     model = build_model(ModelSpec("convnext_t", num_classes=3, img_size=32, sizes=sizes, pruning_loc=(1, 2, 3))).eval()
-    models = sweep.build_models(model, sweep.METHODS, trained=True, device=CPU)
+    models = models_of(model, sweep.METHODS, trained=True, rate=0.7)
     assert list(models) == ["dense", "learned"]
     assert capsys.readouterr().out.count("\n") == 1
-    sweep.set_base_rate(models, 0.7, model.spec)
     assert models["learned"].keep_rates == pytest.approx((0.7, 0.5, 0.3))
-
-
-def test_tome_takes_the_nearest_cost() -> None:
-    tome = sweep.build_models(small_model(), ["tome"], trained=False, device=CPU)["ToMe"]
-    costs = []
-    for tome.r in range(9):
-        costs.append(count_gflops(tome, 32))
-    assert costs == sorted(costs, reverse=True) and costs[0] > costs[1] > costs[2]
-    assert sweep.nearest_r(tome, 0.6 * costs[1] + 0.4 * costs[2], 32) == 1
-    assert sweep.nearest_r(tome, 0.4 * costs[1] + 0.6 * costs[2], 32) == 2
-    assert sweep.nearest_r(tome, 2 * costs[0], 32) == 0
-    assert sweep.nearest_r(tome, 0.0, 32) == costs.index(costs[-1])
-
-
-def test_tome_merges_the_most_similar_pair_by_size() -> None:
-    """Tokens 1 and 3 look among 0, 2, 4. Token 3 is closest, to 4; token 1's best is 0, less alike."""
-    keys = torch.tensor([[[1.0, 0.0], [0.9, 0.5], [-1.0, 0.2], [0.1, 1.0], [0.0, 1.0]]])
-    x = torch.tensor([[[7.0], [10.0], [20.0], [30.0], [40.0], [60.0]]])  # the class token's first
-    size = torch.tensor([[1.0, 1.0, 2.0, 3.0, 1.0]])
-    merged, sizes = merge_most_similar(x, keys, size, r=1, num_prefix=1)
-    assert merged.flatten().tolist() == [7, 20, 10, 30, 45]  # 45 = (3 * 40 + 60) / 4
-    assert sizes.tolist() == [[1, 1, 2, 4]]
-    merged, sizes = merge_most_similar(x, keys, size, r=9, num_prefix=1)  # no more than there are
-    assert merged.flatten().tolist() == [7, 15, 30, 45]
-    assert sizes.tolist() == [[2, 2, 4]]
-
-
-def test_tome_in_a_block() -> None:
-    """The attention of the next block weighs a merged token by its size: equal to the token repeated."""
-    model = small_model(dense=True, pruning_loc=None, depth=2)
-    x = as_float(images(2))
-    same = x.clone()
-    same[:, :, :, 8:16] = same[:, :, :, :8]  # patches 0 and 1, 4 and 5, ... are equal
-    model.pos_embed.data.zero_()
-    tome = ToMe(model, r=4)
-    with torch.no_grad():
-        torch.testing.assert_close(tome(same), model(same), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

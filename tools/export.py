@@ -7,29 +7,30 @@ python -m tools.export fast/ --aoti fast_cpu.pt2           # AOTInductor: compil
 """
 
 import argparse
-import itertools
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import UserError, exit_status
-from dynamicvit.image_files import list_images, open_image
-from dynamicvit.models import ModelSpec, build_model, gives_embeddings
-from dynamicvit.models.saved import config_text, data_config, first_line
+from dynamicvit.models.saved import data_config, first_line
+from dynamicvit.models.twins import dense_twin
 from dynamicvit.options import POSITIVE, OneLineParser, number
 from dynamicvit.runs.checkpoints import load_model
-from dynamicvit.tools.predict import METADATA, Runner, load_onnx, require_packages
-from dynamicvit.tools.timing import interleave
+from dynamicvit.runs.tables import Column, Table
+from dynamicvit.runs.whole import check_writable, whole_file
+from dynamicvit.tools.photos import batch_of, find_photos, read_photos
+from dynamicvit.tools.predict import require_packages
+from dynamicvit.tools.progress import say
+from dynamicvit.tools.runtimes import RUNTIMES, WRITERS, exportable, load_runner, run_alone
+from dynamicvit.tools.timing import interleave, times_as_fast
 from dynamicvit.utils import log
-from timm.data import create_transform
 from torch import Tensor, nn
 
 NUM_IMAGES = 64
@@ -39,16 +40,16 @@ TOLERANCE = 1e-4  # of float32 outputs, in units of their standard deviation whe
 FP16_TOLERANCE = 0.1  # of the median image, in standard deviations
 NUDGE, NUM_NUDGES = 1e-5, 8  # see undecided_images; pixels are a thousand times coarser
 ATTEMPTS = 3  # see check_file
-MAX_ONNX_BYTES = 2**31 - 2**20  # what one file can hold
 
-# Runs a torch.export program in a process that has nothing but torch.
-RUN_TORCH = """
-import sys, torch
-program, images, outputs = sys.argv[1:]
-model = torch.export.load(program).module()
-torch.save([model(batch) for batch in torch.load(images)], outputs)
-assert "timm" not in sys.modules
-"""
+SPEED = Table(
+    {
+        "runtime": Column("runtime", width=12),
+        "batch": Column("batch", ".0f"),
+        "dense": Column("dense ms", ".2f", 9),
+        "dynamic": Column("dynamic ms", ".2f"),
+        "ratio": Column("ratio", ".2f", 6),
+    }
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,11 +79,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     wanted = check(args)
     model = load_model(args.model)
-    images = read_images(model.spec, args.images)
+    images = read_images(data_config(model.spec), args.images)
     log(f"{args.model}: {model.spec.arch}; checked on {len(images)} {describe_images(args.images)}")
     batch = None if args.dynamic_batch else args.batch_size
     half = args.precision == "fp16"
     for kind, path in wanted.items():
+        say(f"writing and checking {path}")
         with written_whole(path) as temporary:
             WRITERS[kind](exportable(model, half), model.spec, temporary, batch)
             finding = check_file(kind, temporary, model, images, batch, half)
@@ -104,8 +106,7 @@ def check(args: argparse.Namespace) -> dict[str, Path]:
             raise UserError(f"--{kind} needs a file name that ends in {suffix}, got {path}")
         if path.exists():
             raise UserError(f"{path} exists; remove it, or choose another name")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UserError(f"cannot write {path}: its folder does not exist or cannot be written to")
+        check_writable(path)
     if len(set(wanted.values())) < len(wanted):
         raise UserError("--torch and --aoti need a file each")
     if args.images and not args.images.is_dir():
@@ -115,114 +116,28 @@ def check(args: argparse.Namespace) -> dict[str, Path]:
     return wanted
 
 
-def read_images(spec: ModelSpec, folder: Path | None) -> Tensor:
+def read_images(config: dict[str, Any], folder: Path | None) -> Tensor:
     """(64, 3, H, W), prepared as the model wants it: photos of the folder, again from the first if there are fewer."""
-    if folder is None:
-        shapes = Shapes(train=False, size=max(32, *data_config(spec)["input_size"][1:]), length=NUM_IMAGES)
-        found = [shapes[i][0] for i in range(NUM_IMAGES)]
-    else:
-        paths = list_images(folder)[:NUM_IMAGES]
-        if not paths:
-            raise UserError(f"no images in {folder}")
-        found = [open_image(path) for path in paths]
-    transform = create_transform(**data_config(spec))
-    return torch.stack([transform(image) for image in itertools.islice(itertools.cycle(found), NUM_IMAGES)])
+    if folder is not None:
+        return batch_of((image for _, image in read_photos(find_photos(folder, NUM_IMAGES))), config, NUM_IMAGES)
+    shapes = Shapes(train=False, size=max(32, *config["input_size"][1:]), length=NUM_IMAGES)
+    return batch_of((shapes[i][0] for i in range(NUM_IMAGES)), config, NUM_IMAGES)
 
 
 def describe_images(folder: Path | None) -> str:
     return f"photos of {folder}" if folder else "generated images (--images FOLDER takes photos)"
 
 
-class Half(nn.Module):
-    """float16 inside; float32 images and outputs, so that callers need not care."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.half()).float()
-
-
-def exportable(model: nn.Module, half: bool) -> nn.Module:
-    """A copy of it in the precision asked for, in eval mode."""
-    copy = build_model(model.spec)
-    copy.load_state_dict(model.state_dict())
-    return (Half(copy.half()) if half else copy).eval()
-
-
-def trace(model: nn.Module, spec: ModelSpec, batch: int | None) -> torch.export.ExportedProgram:
-    """batch: None for any number of images."""
-    images = torch.randn(2 if batch is None else batch, *data_config(spec)["input_size"])
-    shapes = ({0: torch.export.Dim("batch")},) if batch is None else None
-    with torch.no_grad():
-        return torch.export.export(model, (images,), dynamic_shapes=shapes)
-
-
-def write_onnx(model: nn.Module, spec: ModelSpec, path: Path, batch: int | None) -> None:
-    """One file, which carries the model's description for tools.predict."""
-    size = sum(value.nbytes for value in model.state_dict().values())
-    if size > MAX_ONNX_BYTES:
-        raise UserError(
-            f"an ONNX file holds 2 GiB at most, and the weights are {size / 2**30:.1f}; try --precision fp16"
-        )
-    program = torch.onnx.export(
-        trace(model, spec, batch),
-        input_names=["images"],
-        output_names=["embedding" if gives_embeddings(spec) else "logits"],
-        dynamo=True,
-        verbose=False,
-    )
-    program.model.metadata_props[METADATA] = config_text(spec)
-    program.save(path, external_data=False)
-
-
-def write_torch(model: nn.Module, spec: ModelSpec, path: Path, batch: int | None) -> None:
-    torch.export.save(trace(model, spec, batch), path, extra_files={"config.json": config_text(spec)})
-
-
-def write_aoti(model: nn.Module, spec: ModelSpec, path: Path, batch: int | None) -> None:
-    torch._inductor.aoti_compile_and_package(trace(model, spec, batch), package_path=str(path))
-
-
-WRITERS = {"onnx": write_onnx, "torch": write_torch, "aoti": write_aoti}
-RUNTIMES = {"onnx": "ONNX Runtime", "torch": "torch.export", "aoti": "AOTInductor"}
-
-
-def load_runner(kind: str, path: Path) -> Runner:
-    if kind == "onnx":
-        return load_onnx(path)[0]
-    if kind == "torch":
-        return torch.no_grad()(torch.export.load(path).module())
-    return torch._inductor.aoti_load_package(str(path))
-
-
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Where to write: it gets its name at the end only. UserError for all that can go wrong in exporting."""
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            yield temporary
     except UserError:
         raise
     except Exception as error:  # exporters, their compilers and the disk fail in ways of their own
         raise UserError(f"cannot export to {path} ({type(error).__name__}: {first_line(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def run_alone(path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of a torch.export program in a process that cannot see our code."""
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = Path(folder, "images.pt"), Path(folder, "outputs.pt")
-        torch.save([batch.clone() for batch in batches], inputs)
-        command = [sys.executable, "-I", "-c", RUN_TORCH, path.absolute(), inputs, outputs]
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if result.returncode:
-            reason = (result.stderr.splitlines() or [f"exit status {result.returncode}"])[-1]
-            raise UserError(f"the file does not load with torch alone ({reason})")
-        return torch.load(outputs)
 
 
 def check_file(kind: str, path: Path, model: nn.Module, images: Tensor, batch: int | None, half: bool) -> str:
@@ -304,12 +219,11 @@ def undecided_images(model: nn.Module, images: Tensor, expected: Tensor, unit: f
 
 def measure(model: nn.Module, wanted: dict[str, Path], batch: int | None, half: bool, repeats: int) -> None:
     """Prints how long a batch takes, of the dense model and of this one, alternately in one process."""
-    dense = build_model(model.spec.as_dense())
-    names = dense.state_dict().keys()
-    dense.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
+    dense = dense_twin(model)
     log(f"\nmedian of {repeats} rounds, {torch.get_num_threads()} threads; ratio: of dense to dynamic, within a round")
-    log(f"{'runtime':>12} {'batch':>5} {'dense ms':>9} {'dynamic ms':>10} {'ratio':>6}")
+    log(SPEED.heading())
     for kind, path in wanted.items():
+        say(f"writing the dense model for {RUNTIMES[kind]} to compare with")
         with tempfile.TemporaryDirectory() as folder:
             dense_path = Path(folder, f"dense{path.suffix}")
             WRITERS[kind](exportable(dense, half), dense.spec, dense_path, batch)
@@ -317,10 +231,13 @@ def measure(model: nn.Module, wanted: dict[str, Path], batch: int | None, half: 
         for size in MEASURED_BATCHES if batch is None else (batch,):
             images = torch.randn(size, *data_config(model.spec)["input_size"])
             steps = {name: lambda images, _, run=run: run(images) for name, run in runners.items()}
-            seconds = interleave(steps, images, images, repeats, steps_per_turn=1)
-            dense_ms, dynamic_ms = (1e3 * np.median(seconds[name]) for name in ("dense", "dynamic"))
-            ratio = np.median(seconds["dense"] / seconds["dynamic"])
-            log(f"{RUNTIMES[kind]:>12} {size:5} {dense_ms:9.2f} {dynamic_ms:10.2f} {ratio:6.2f}")
+            seconds = interleave(steps, images, images, repeats)
+            row = {name: 1e3 * float(np.median(values)) for name, values in seconds.items()}
+            log(
+                SPEED.line(
+                    {"runtime": RUNTIMES[kind], "batch": size, **row, "ratio": times_as_fast(seconds, "dynamic")}
+                )
+            )
 
 
 def command(argv: Sequence[str] | None = None) -> None:

@@ -3,21 +3,19 @@
     python -m tools.sweep --arch deit_small --pretrained deit_small.pth --data-path photos   # any folder of images
     python -m tools.sweep --resume logs/my_run --data-path imagenet --methods predictor+drop attention+merge tome
 
-Everything is compared on the same images with the dense model: the same weights with all tokens kept. Standard
-errors are those of the mean over images, and of the paired difference where it says so. Writes sweep.csv, sweep.png
-and sweep.npz (the values of every image) to --output. Speed is that of the forward pass alone.
+Everything is compared on the same images with the dense model: the same weights with all tokens kept. ToMe, PiToMe and
+DiffRate, which have no base rate, get the setting whose cost comes nearest to that of dropping tokens at random.
+Standard errors are those of the mean over images, and of the paired difference where it says so. Writes sweep.csv,
+sweep.png and sweep.npz (the values of every image) to --output. Speed is that of the forward pass alone.
 """
 
 import argparse
-import csv
 import sys
-import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +34,11 @@ from dynamicvit.engine import autocast
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.losses import kl_divergence
 from dynamicvit.models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model, gives_embeddings
+from dynamicvit.models.blocks import choose_attention
 from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
-from dynamicvit.models.pruning import TokenPruning, choose_attention
+from dynamicvit.models.pruning import PLACES, TokenPruning
+from dynamicvit.models.twins import dense_twin, twin
 from dynamicvit.options import (
     KEEP_RATE,
     NOT_NEGATIVE,
@@ -50,49 +50,31 @@ from dynamicvit.options import (
     number,
 )
 from dynamicvit.recipe import AMP_DTYPES, pick_amp, precision_name
-from dynamicvit.tools.timing import hardware
-from dynamicvit.tools.tome import ToMe
+from dynamicvit.runs.tables import Row
+from dynamicvit.tools.progress import say, track
+from dynamicvit.tools.rivals import RIVALS, make_rival, nearest
+from dynamicvit.tools.sweep_report import DENSE, Answers, Figure, Report
+from dynamicvit.tools.timing import hardware, timed
 from dynamicvit.utils import log
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dynamicvit import utils
 
-try:
-    from matplotlib.figure import Figure
-except ImportError:  # needed for development only, so not installed everywhere
-    Figure = None
-
 BASE_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
-DENSE, TOME = "dense", "tome"
-METHODS = (*(f"{scorer}+{reducer}" for scorer in SCORERS for reducer in REDUCERS), TOME)
+PAIRS = tuple(f"{scorer}+{reducer}" for scorer in SCORERS for reducer in REDUCERS)
+METHODS = (*PAIRS, *RIVALS)
 VARIED = ("dense", "base_rate", "keep_rates", "scorer", "reducer")  # flags of a model that a sweep varies itself
-# Column: heading, width and decimals in the table; top-1 and agreement in percent, se is the standard error.
-COLUMNS = {
-    "method": ("method", 16, None),
-    "base_rate": ("rate", 6, 4),
-    "gflops": ("GFLOPs", 7, 3),
-    "top1": ("top-1", 6, 2),
-    "top1_se": ("se", 5, 2),
-    "top1_change": ("change", 7, 2),  # to the dense model on the same images, so paired
-    "top1_change_se": ("se", 5, 2),
-    "agreement": ("agree", 6, 2),
-    "agreement_se": ("se", 5, 2),
-    "kl": ("KL", 7, 4),
-    "kl_se": ("se", 7, 4),
-    "images_per_s": ("img/s", 8, 1),
-    "speedup": ("speedup", 7, 2),
-}
-Row = dict[str, str | float | None]
 
 
-class Answers(NamedTuple):
-    """What a model said, by image, and how long it took, by batch."""
+@dataclass(frozen=True)
+class Contestant:
+    """A way to reduce tokens, with the model's weights."""
 
-    correct: np.ndarray | None  # 0 or 1; None without labels
-    agrees: np.ndarray  # 0 or 1: the dense model's top-1
-    kl: np.ndarray  # KL(dense || model)
-    seconds: np.ndarray  # an image
+    name: str
+    method: str  # the name with its settings, for tables
+    place: str | None  # of its stages; None for the dense model
+    model: nn.Module
 
 
 def build_parser() -> OneLineParser:
@@ -103,7 +85,8 @@ def build_parser() -> OneLineParser:
     add("--data-path", default="", help="a folder of images, with or without class folders, or with val/ in it")
     add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder")
     add("--base-rates", type=number(float, KEEP_RATE), nargs="+", default=BASE_RATES)
-    add("--methods", choices=METHODS, nargs="+", default=METHODS, help="scorer+reducer, and ToMe (default: all)")
+    add("--methods", choices=METHODS, nargs="+", default=METHODS, help="scorer+reducer, and others' (default: all)")
+    add("--places", choices=PLACES, nargs="+", help="of scorer+reducer's stages by their blocks (default: the model's)")
     add("--batch-size", type=number(int, POSITIVE), default=64, help="images a forward pass")
     add("--num-workers", type=number(int, NOT_NEGATIVE), default=2, help="loader processes")
     add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="mixed precision")
@@ -132,25 +115,43 @@ def main(args: argparse.Namespace) -> None:
     val_set = AugmentedDataset(source, eval_transform(spec.img_size, spec.preprocessing, args.data_set), train=False)
     loader = build_val_loader(val_set, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
     transform = BatchTransform(device, spec.preprocessing.mean, spec.preprocessing.std)
-    models = build_models(model.to(device), args.methods, trained, device)
+    model.to(device)
+    variants = variants_of(model, args.methods, args.places or (model.place,), trained)
 
     precision = precision_name(amp_dtype)
     title = f"{spec.arch}, {len(source)} images; {hardware(device.type)}, {precision}, batches of {args.batch_size}"
     log(title)
     report = Report(args.output, title)
     for base_rate in args.base_rates:
-        set_base_rate(models, base_rate, spec)
+        for variant in variants[1:]:
+            variant.model.set_keep_rates(rates_of(variant.model, base_rate))
+        rivals = rivals_of(model, [method for method in args.methods if method in RIVALS], base_rate)
         utils.set_seed(0)  # random scores that a second sweep draws again
-        answers = compare(models, loader, transform, device, amp_dtype, labelled)
-        report.add(base_rate, models, answers, spec)
+        contestants = [*variants, *rivals]
+        batches = track(loader, f"base rate {base_rate:g}: batches", len(loader))
+        models = {contestant.name: contestant.model for contestant in contestants}
+        answers = compare(models, batches, transform, device, amp_dtype, labelled)
+        for contestant in contestants if not report.rows else contestants[1:]:  # the dense model stays the same
+            report.add(contestant.name, describe(contestant, base_rate), answers[contestant.name], answers[DENSE])
+        report.write()
     log(f"saved in {args.output}: sweep.csv, sweep.png, sweep.npz")
+
+
+def describe(contestant: Contestant, base_rate: float) -> Row:
+    gflops = count_gflops(contestant.model, contestant.model.spec.img_size)
+    rate = 1.0 if contestant.name == DENSE else base_rate
+    return {"method": contestant.method, "place": contestant.place, "base_rate": rate, "gflops": gflops}
 
 
 def check_rate(model: nn.Module, base_rate: float) -> None:
     try:
-        family_of(model).keep_rates(base_rate, len(model.pruning_loc))
+        rates_of(model, base_rate)
     except ValueError as error:
         raise UserError(f"--base-rates {base_rate}: {error}") from error
+
+
+def rates_of(model: nn.Module, base_rate: float) -> tuple[float, ...]:
+    return family_of(model).keep_rates(base_rate, len(model.pruning_loc))
 
 
 def read_images(data_set: str, data_path: str, spec: ModelSpec) -> tuple[Dataset, bool]:
@@ -173,64 +174,50 @@ def read_images(data_set: str, data_path: str, spec: ModelSpec) -> tuple[Dataset
     return source, True
 
 
-def build_models(model: nn.Module, methods: Sequence[str], trained: bool, device: torch.device) -> dict[str, nn.Module]:
-    """By name: the dense model first, then one for each method that the backbone allows. All share their weights."""
-    models = {DENSE: share_weights(build_model(model.spec.as_dense()), model, device)}
-    learned = "learned" if trained and model.spec.scorer == "predictor" else "untrained"
+def variants_of(model: nn.Module, methods: Sequence[str], places: Sequence[str], trained: bool) -> list[Contestant]:
+    """The dense model first, then one for each scorer and reducer that the backbone allows. All share their weights."""
+    variants = [Contestant(DENSE, DENSE, None, dense_twin(model, share=True))]
+    learned = "learned" if trained and model.scorer.learned else "untrained"
     if not isinstance(model, TokenPruning):
         log(f"{model.spec.arch} has predictors only: {', '.join(m for m in METHODS if m != METHODS[0])} are left out")
-        return models | {learned: model}
-    for method in methods:
+        return [*variants, Contestant(learned, learned, model.place, model)]
+    for method in (method for method in methods if method in PAIRS):
+        scorer, reducer = method.split("+")
+        name = f"{learned if SCORERS[scorer].learned else scorer} + {reducer}"
+        for place in places:
+            try:
+                utils.set_seed(0)  # for predictors that the weights do not have
+                variant = twin(model, replace(model.spec, scorer=scorer, reducer=reducer, place=place), share=True)
+                variants.append(Contestant(name if place == PLACES[0] else f"{name}, {place}", name, place, variant))
+            except (ModelError, ValueError) as error:
+                log(f"{method} {place} blocks is left out: {error}")
+    return variants
+
+
+def rivals_of(model: nn.Module, names: Sequence[str], base_rate: float) -> list[Contestant]:
+    """Others' methods at about the cost of dropping tokens at random."""
+    if not names or not isinstance(model, TokenPruning):
+        return []
+    say(f"base rate {base_rate:g}: choosing the settings of {', '.join(RIVALS[name] for name in names)}")
+    with torch.device("meta"):
+        reference = build_model(replace(model.spec, scorer="random", reducer="drop", place=PLACES[0]))
+    reference.set_keep_rates(rates_of(reference, base_rate))
+    gflops = count_gflops(reference, model.spec.img_size)
+    rivals = []
+    for name in names:
         try:
-            if method == TOME:
-                vit = share_weights(build_model(model.spec.as_dense()), model, device)
-                models["ToMe"] = ToMe(vit).eval()
-                continue
-            scorer, reducer = method.split("+")
-            utils.set_seed(0)  # for predictors that the weights do not have
-            variant = build_model(replace(model.spec, scorer=scorer, reducer=reducer))
-            name = f"{learned if scorer == 'predictor' else scorer} + {reducer}"
-            models[name] = share_weights(variant, model, device)
+            rival = nearest(name, model.spec, gflops)
+            vit = make_rival(dense_twin(model, share=True), rival).eval()
+            rivals.append(Contestant(RIVALS[name], rival.label, vit.place, vit))
         except (ModelError, ValueError) as error:
-            log(f"{method} is left out: {error}")
-    return models
-
-
-def share_weights(variant: nn.Module, model: nn.Module, device: torch.device) -> nn.Module:
-    """The variant with the model's own tensors for all that both have."""
-    names = variant.state_dict().keys()
-    weights = {name: value for name, value in model.state_dict().items() if name in names}
-    variant.to(device).load_state_dict(weights, strict=False, assign=True)
-    return variant.eval()
-
-
-def set_base_rate(models: dict[str, nn.Module], base_rate: float, spec: ModelSpec) -> None:
-    """ToMe has no rate: it gets the r whose GFLOPs are nearest to those of dropping tokens at random."""
-    for model in models.values():
-        if hasattr(model, "set_keep_rates"):
-            model.set_keep_rates(family_of(model).keep_rates(base_rate, len(model.pruning_loc)))
-    if "ToMe" in models:
-        reference = build_model(replace(spec, scorer="random", reducer="drop"))
-        reference.set_keep_rates(family_of(reference).keep_rates(base_rate, len(spec.pruning_loc)))
-        models["ToMe"].r = nearest_r(models["ToMe"], count_gflops(reference, spec.img_size), spec.img_size)
-
-
-def nearest_r(tome: ToMe, gflops: float, img_size: int | tuple[int, int]) -> int:
-    """The number of tokens to merge in each block for which the cost comes nearest to gflops."""
-
-    def cost(r: int) -> float:
-        tome.r = r
-        return count_gflops(tome, img_size)
-
-    choices = range(tome.vit.patch_embed.num_patches // 2 + 1)
-    first_below = bisect_left(choices, -gflops, key=lambda r: -cost(r))
-    return min(choices[max(0, first_below - 1) : first_below + 1], key=lambda r: abs(cost(r) - gflops))
+            log(f"{RIVALS[name]} is left out: {error}")
+    return rivals
 
 
 @torch.inference_mode()
 def compare(
     models: dict[str, nn.Module],
-    loader: Iterable,
+    batches: Iterable,
     transform: Callable[[Tensor], Tensor],
     device: torch.device,
     amp_dtype: torch.dtype | None,
@@ -238,11 +225,11 @@ def compare(
 ) -> dict[str, Answers]:
     """One pass over the images; the models, DENSE among them, take turns at each batch.
 
-    loader: batches of (B, 3, H, W) uint8 images and (B,) labels.
+    batches: (B, 3, H, W) uint8 images and (B,) labels. Raises UserError for answers that are not finite.
     """
     values = {name: {column: [] for column in Answers._fields} for name in models}
     turns = deque(models.items())
-    for batch, (images, labels) in enumerate(loader):
+    for batch, (images, labels) in enumerate(batches):
         images, labels = transform(images), labels.to(device)
         turns.rotate()  # the first of a turn shares the cores with loader processes that read the next batch
         logits = {}
@@ -252,8 +239,9 @@ def compare(
                     if hasattr(model, "blocks"):
                         choose_attention(model, images)  # for the dense model; the others do it themselves
                     model(images)  # the first pass of a kind is slow, and not measured
-                logits[name], seconds = timed(model, images)
+                logits[name], seconds = timed(partial(model, images), images.is_cuda)
             values[name]["seconds"].append([seconds / len(images)])
+        check_finite(logits)
         for name, value in values.items():
             top1 = logits[name].argmax(dim=1)
             value["correct"].append((top1 == labels).double().cpu())
@@ -263,98 +251,10 @@ def compare(
     return joined if labelled else {name: answers._replace(correct=None) for name, answers in joined.items()}
 
 
-def timed(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
-    """The logits, and the seconds until they are there."""
-    wait = torch.cuda.synchronize if images.is_cuda else lambda: None
-    wait()
-    started = time.perf_counter()
-    logits = model(images)
-    wait()
-    return logits, time.perf_counter() - started
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean, and its standard error (NaN for a single value)."""
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return float(values.mean()), float(error)
-
-
-def summarize(answers: Answers, dense: Answers) -> Row:
-    """The columns that follow from what was said; speed by medians over the batches."""
-    row = dict.fromkeys(COLUMNS)
-    if answers.correct is not None:
-        row["top1"], row["top1_se"] = mean_and_error(100 * answers.correct)
-        row["top1_change"], row["top1_change_se"] = mean_and_error(100 * (answers.correct - dense.correct))
-    row["agreement"], row["agreement_se"] = mean_and_error(100 * answers.agrees)
-    row["kl"], row["kl_se"] = mean_and_error(answers.kl)
-    row["images_per_s"] = float(np.median(1 / answers.seconds))
-    row["speedup"] = float(np.median(dense.seconds / answers.seconds))
-    return row
-
-
-class Report:
-    """Table, sweep.csv, sweep.npz and sweep.png, renewed with every base rate: a sweep cut short leaves what it had."""
-
-    def __init__(self, folder: Path, title: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.title = folder, title
-        self.rows: list[Row] = []
-        self.images: dict[str, np.ndarray] = {}  # by "method rate column"
-        log(" ".join(f"{heading:>{width}}" for heading, width, _ in COLUMNS.values()))
-
-    def add(self, base_rate: float, models: dict[str, nn.Module], answers: dict[str, Answers], spec: ModelSpec) -> None:
-        """The rows of a base rate; the dense model's only once, as it stays the same."""
-        for name, model in models.items():
-            if name == DENSE and self.rows:
-                continue
-            rate, label = (1.0, name) if name == DENSE else (base_rate, name)
-            if isinstance(model, ToMe):
-                label = f"ToMe, r = {model.r}"
-            gflops = count_gflops(model, spec.img_size)
-            row = summarize(answers[name], answers[DENSE]) | {"method": label, "base_rate": rate, "gflops": gflops}
-            self.rows.append(row)
-            log(" ".join(cell(row[column], *how[1:]) for column, how in COLUMNS.items()))
-            for column in ("correct", "agrees", "kl"):
-                value = getattr(answers[name], column)
-                if value is not None:
-                    self.images[f"{name} {rate} {column}"] = value.astype(np.float32)
-        with open(self.folder / "sweep.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        np.savez_compressed(self.folder / "sweep.npz", **self.images)
-        plot(self.rows, self.title).savefig(self.folder / "sweep.png", dpi=150)
-
-
-def cell(value: str | float | None, width: int, decimals: int | None) -> str:
-    text = "-" if value is None else value if decimals is None else f"{value:.{decimals}f}"
-    return f"{text:>{width}}"
-
-
-def plot(rows: Sequence[Row], title: str) -> "Figure":
-    """KL and top-1 (without labels: agreement) against GFLOPs, a line for each method, with standard errors."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    answer = "top1" if rows[0]["top1"] is not None else "agreement"
-    panels = {"kl": "KL(dense || model)", answer: "top-1 accuracy (%)" if answer == "top1" else "agreement (%)"}
-    lines: dict[str, list[Row]] = {}
-    for row in rows[1:]:
-        lines.setdefault(row["method"].partition(",")[0], []).append(row)
-    for axis, (column, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for number_of_line, (method, points) in enumerate(lines.items()):
-            points = sorted((p for p in points if column != "kl" or p["kl"] > 0), key=lambda row: row["gflops"])
-            x, y, error = ([p[c] for p in points] for c in ("gflops", column, f"{column}_se"))
-            style = ("-" if "merge" in method else "--") + "os^vDPX"[number_of_line % 7]
-            axis.errorbar(x, y, yerr=error, fmt=style, markersize=4, capsize=2, linewidth=1.2, label=method)
-        if column == "kl":
-            axis.set_yscale("log")
-        else:
-            axis.axhline(rows[0][column], color="gray", linewidth=1, label=f"{DENSE}, {rows[0]['gflops']:.3f} GFLOPs")
-        axis.set_xlabel("GFLOPs")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3, which="both")
-    figure.axes[1].legend(fontsize="small")
-    return figure
+def check_finite(logits: dict[str, Tensor]) -> None:
+    for name in sorted(logits, key=lambda name: name != DENSE):
+        if not logits[name].isfinite().all():
+            raise UserError(f"the answers of {name} are not finite (NaN or infinite): the weights are damaged")
 
 
 def command(argv: Sequence[str] | None = None) -> None:

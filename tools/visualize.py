@@ -1,11 +1,11 @@
 """Shows what a model makes of an image's patches, stage by stage: which leave, which become one token, and what
 it then sees in the image.
 
-python -m tools.visualize photo.jpg                                  # the newest run under logs/
-python -m tools.visualize photos/ --resume logs/my_run --gif
+python -m tools.visualize fast/ photo.jpg                            # a saved model, a run's folder or a checkpoint
+python -m tools.visualize logs/my_run photos/ --gif
 python -m tools.visualize photo.jpg --arch deit_tiny --pretrained deit_tiny_patch16_224.pth \
     --scorer attention --reducer merge --pruning-loc 3 4 5 6 7 8 9 10 11 --base-rate 0.8435
-python -m tools.visualize SHAPES                                     # the generated validation images
+python -m tools.visualize logs/my_run SHAPES                         # the generated validation images
 
 Patches that have become one token share their mean colour, dropped ones are white. In a Swin or ConvNeXt locations
 on the fast path are faded.
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from dynamicvit.datasets import DATA_SETS, DataOptions, build_source, eval_transform, is_native
-from dynamicvit.errors import ImageError, UserError, exit_status
-from dynamicvit.image_files import list_images, open_image
+from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import ModelSpec, gives_embeddings, pictures
 from dynamicvit.models.pruning import Trace
+from dynamicvit.tools.photos import find_photos, read_photos
 from dynamicvit.utils import log
 from PIL import Image
 from torch import Tensor, nn
@@ -36,8 +36,9 @@ PANEL_SIZE = 224  # pixels; smaller images are enlarged to about this
 def build_parser() -> argparse.ArgumentParser:
     parser = options.OneLineParser(prog="visualize", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="a saved model, a run's folder or a checkpoint; or see --pretrained")
     add("source", metavar="IMAGE_OR_FOLDER", help="what to draw; SHAPES draws generated images")
-    add("--resume", help="checkpoint, or folder of a run (default: the newest run under logs/)")
+    add("--resume", help="the model, by another name")
     options.add_model_flags(parser)
     add("--count", type=options.number(int, options.POSITIVE), default=16, help="images at most, of a folder or SHAPES")
     add("--output", type=Path, default=options.RUNS / "pictures", help="folder")
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    check(args)
+    args.resume = which_model(args)
     model, trained, settings = options.load_trained_model(args)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = run_data(settings)
@@ -66,11 +67,16 @@ def main(args: argparse.Namespace) -> None:
     log(f"{len(strips)} picture(s) in {args.output}")
 
 
-def check(args: argparse.Namespace) -> None:
-    if args.resume and args.pretrained:
-        raise UserError("--resume and --pretrained both name the weights; give one of them")
+def which_model(args: argparse.Namespace) -> str | None:
+    """What to load; None for dense weights made dynamic by flags. UserError if the command does not say one thing."""
+    named = [name for name in (args.model, args.resume, args.pretrained) if name]
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} both name the weights; give one of them")
+    if not named:
+        raise UserError(f"which model? give it before the image: visualize MODEL {args.source}")
     if args.dense:
         raise UserError("--dense leaves nothing to see: a dense model keeps all its tokens")
+    return args.model or args.resume
 
 
 def run_data(settings: dict[str, Any]) -> DataOptions:
@@ -97,20 +103,11 @@ def read_images(source: str, count: int, spec: ModelSpec) -> Iterator[tuple[str,
             image, label = shapes[i]
             yield f"{i:03}_{shapes.classes[label].replace(' ', '_')}", image
         return
-    path = Path(source)
-    if path.is_file():
-        yield path.stem, open_image(path)
-        return
-    files = [Path(file) for file in list_images(path)] if path.is_dir() else []
-    if not files:
-        raise UserError(f"no image, and no folder of images: {source}")
+    files = find_photos(source)
     if len(files) > count:
         log(f"the first {count} of {len(files)} images; --count takes more")
-    for i, file in enumerate(files[:count]):
-        try:
-            yield f"{i:03}_{file.stem}", open_image(file)
-        except ImageError as error:
-            log(f"warning: {error}")
+    for i, (file, image) in enumerate(read_photos(files[:count])):
+        yield file.stem if Path(source).is_file() else f"{i:03}_{file.stem}", image
 
 
 def preprocess(image: Image.Image, spec: ModelSpec, data_set: str) -> Tensor:
@@ -131,9 +128,11 @@ def draw(
     dense = pictures.prune(model, image[None])
     model.set_keep_rates(keep_rates)
     dynamic = pictures.prune(model, image[None])
+    if not (dense.logits.isfinite().all() and dynamic.logits.isfinite().all()):
+        raise UserError("the model's answers are not finite (NaN or infinite): its weights are damaged")
 
     image = pictures.enlarge(image, max(1, round(PANEL_SIZE / image.shape[-1])))
-    labels = ["input", *stage_labels(dynamic, pictures.has_fast_path(model))]
+    labels = ["input", *stage_labels(model, dynamic)]
     panels = pictures.panels(image, dynamic.groups[0], dynamic.grid, pictures.has_fast_path(model))
     frames = [pictures.caption(panel, [label]) for panel, label in zip(panels, labels, strict=True)]
     stages = range(len(keep_rates)) if all_stages else pictures.shown_stages(len(keep_rates))
@@ -142,9 +141,12 @@ def draw(
     return pictures.caption(strip, lines, indent=pictures.GAP + pictures.TEXT_INDENT), frames
 
 
-def stage_labels(trace: Trace, fast_path: bool) -> list[str]:
-    total, what = trace.grid[0] * trace.grid[1], "locations" if fast_path else "tokens"
-    return [f"stage {stage}: {kept.shape[1]} of {total} {what}" for stage, kept in enumerate(trace.kept, 1)]
+def stage_labels(model: nn.Module, trace: Trace) -> list[str]:
+    total, what = trace.grid[0] * trace.grid[1], "locations" if pictures.has_fast_path(model) else "tokens"
+    return [
+        f"{model.place} block {block}: {kept.shape[1]} of {total} {what}"
+        for block, kept in zip(model.pruning_loc, trace.kept, strict=True)
+    ]
 
 
 def answers(dense: Tensor, dynamic: Tensor, classes: Sequence[str], trained: bool) -> list[str]:
