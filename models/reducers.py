@@ -141,12 +141,7 @@ def merge(
         place = join_by_cosine(x[:, num_prefix:].detach(), order, num_keep)
     else:
         place = join(similarity, order, num_keep)
-    merged_size = size.new_zeros(kept.shape).scatter_add(1, place, size)
-    shares = shares_of(size if weights is None else weights, place, num_keep)
-    merged = means(x, place, shares, num_keep, num_prefix)
-    if keep_length:
-        merged = with_mean_length(merged, x, place, shares, num_prefix)
-    return Reduced(merged, kept, merged_size, place)
+    return merge_groups(x, place, kept, size, num_prefix, weights, keep_length)
 
 
 def join(similarity: Tensor, order: Tensor, num_keep: int) -> Tensor:
@@ -169,6 +164,24 @@ def ranks(order: Tensor) -> Tensor:
     """(B, N) tokens, best first -> (B, N) the place of each token in that order."""
     numbers = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter(1, order, numbers)
+
+
+def merge_groups(
+    x: Tensor,
+    place: Tensor,
+    kept: Tensor,
+    size: Tensor,
+    num_prefix: int,
+    weights: Tensor | None = None,
+    keep_length: bool = False,
+) -> Reduced:
+    """Joins tokens whose (B, N) place among the (B, K) kept ones is the same; the other arguments are merge's."""
+    merged_size = size.new_zeros(kept.shape).scatter_add(1, place, size)
+    shares = shares_of(size if weights is None else weights, place, kept.shape[1])
+    merged = means(x, place, shares, kept.shape[1], num_prefix)
+    if keep_length:
+        merged = with_mean_length(merged, x, place, shares, num_prefix)
+    return Reduced(merged, kept, merged_size, place)
 
 
 def shares_of(weights: Tensor, place: Tensor, num_keep: int) -> Tensor:
