@@ -37,7 +37,7 @@ MAX_CONFIG_BYTES = 64 * 2**20  # a million class names
 MAX_UNSAVED_BYTES = 2**30  # of position tables, masks and the like, which a model makes by itself
 # What differs between a model that has trained or run and one that is newly built, but is no part of what it computes.
 PASSING_STATE = {
-    *("training", "fused_attn", "rests", "grad_checkpointing", "drop_prob", "p", "class_names"),
+    *("training", "fused_attn", "may_fuse", "fused_as_set", "grad_checkpointing", "drop_prob", "p", "class_names"),
     *("all_outputs", "restore", "built_pool", "built_depth"),
 }
 
