@@ -11,7 +11,7 @@ from dynamicvit.datasets import IGNORED_LABEL
 from dynamicvit.errors import UserError
 from dynamicvit.losses import cosine_distance, kl_divergence
 from dynamicvit.models import gives_embeddings
-from dynamicvit.recipe import Trainer, set_rates
+from dynamicvit.optim import Trainer, set_rates
 from dynamicvit.runs.clocks import Eta
 from dynamicvit.utils import derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
 from torch import Tensor, nn

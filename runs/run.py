@@ -10,7 +10,7 @@ from dynamicvit.datasets import BatchTransform, fingerprint
 from dynamicvit.engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, Teacher, load_weights
-from dynamicvit.recipe import Trainer
+from dynamicvit.optim import Trainer
 from dynamicvit.runs.checkpoints import BEST, LAST, Place, Progress, RunState
 from dynamicvit.runs.clocks import Eta, SaveClock
 from dynamicvit.runs.output import Output

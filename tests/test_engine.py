@@ -16,7 +16,7 @@ from dynamicvit.engine import MAX_BAD_STEPS, Diverged, RunningMeans, evaluate, t
 from dynamicvit.errors import UserError
 from dynamicvit.losses import DistillDiffPruningLoss, LabelLoss
 from dynamicvit.models import ModelSpec, Teacher, create_model
-from dynamicvit.recipe import Trainer, build_scaler
+from dynamicvit.optim import Trainer, build_scaler
 from dynamicvit.runs.clocks import Eta
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy

@@ -2,23 +2,27 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from dynamicvit.datasets import Augmentation
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, read_checkpoint
+from dynamicvit.options import settings_in
 from dynamicvit.recipe import Recipe
+from dynamicvit.runs import start
 from dynamicvit.runs.checkpoints import known_arch, spec_of
 
-from dynamicvit import options
-
 BEFORE_SPECS = Path(__file__).parent / "run_before_specs.ckpt"
+
+
+def chosen(*flags: str, spec: ModelSpec = ModelSpec()) -> tuple[Recipe, Augmentation]:  # noqa: B008
+    return start.choose_recipe(start.read_flags(start.parse_args(list(flags))).training, spec)
 
 
 def message(*flags: str) -> str:
     """Of the error that the flags end in: one line."""
     with pytest.raises(UserError) as caught:
-        options.recipe(options.with_recipe(options.parse_args(list(flags)), ModelSpec()))
+        chosen(*flags)[0].check(dense=False)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -43,9 +47,8 @@ def test_numbers_out_of_range(flags: str) -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    """Not a bare int or float, which would let infinity and not-a-number through; block numbers are checked later."""
-    bare = [a.option_strings[0] for a in options.build_parser()._actions if a.type in (int, float)]
-    assert bare == ["--pruning-loc"]
+    """Not a bare int or float, which would let infinity and not-a-number through."""
+    assert not [a.option_strings[0] for a in start.build_parser()._actions if a.type in (int, float)]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_no_abbreviations_and_no_other_flags() -> None:
 
 
 def test_flags_with_underscores() -> None:
-    args = options.parse_args(["--base_rate", "0.5", "--data_path=my_data", "--output_dir", "a_b"])
+    args = start.parse_args(["--base_rate", "0.5", "--data_path=my_data", "--output_dir", "a_b"])
     assert (args.base_rate, args.data_path, args.output_dir) == (0.5, "my_data", "a_b")
 
 
@@ -91,25 +94,21 @@ SWITCHES = {"model_ema": False, "repeated_aug": False, "compile": True, "distill
 
 
 def test_every_flag_reaches_the_recipe() -> None:
-    assert {*RECIPE_FLAGS, *SWITCHES, "recipe"} == set(Recipe.__dataclass_fields__)
+    assert {*RECIPE_FLAGS, *SWITCHES, "recipe"} == {f.name for f in settings_in(Recipe)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in RECIPE_FLAGS.items()]
     flags += [f"--{'' if on else 'no-'}{name.replace('_', '-')}" for name, on in SWITCHES.items()]
-    recipe = options.recipe(options.with_recipe(options.parse_args(flags), ModelSpec()))
+    recipe, _ = chosen(*flags)
     assert {name: getattr(recipe, name) for name in RECIPE_FLAGS | SWITCHES} == RECIPE_FLAGS | SWITCHES
 
 
 def test_every_flag_reaches_the_augmentation() -> None:
     flags = "--color-jitter 0.3 --aa none --train-interpolation bilinear --reprob 0.5 --remode const --scale 0.4 0.9"
-    augmentation = options.augmentation(options.with_recipe(options.parse_args(flags.split()), ModelSpec()))
+    _, augmentation = chosen(*flags.split())
     assert (augmentation.color_jitter, augmentation.aa, augmentation.train_interpolation) == (0.3, "none", "bilinear")
     assert (augmentation.reprob, augmentation.remode, augmentation.scale) == (0.5, "const", (0.4, 0.9))
     with pytest.raises(UserError, match="nonsense"):
-        options.augmentation(augmented("--aa", "nonsense"))
-    assert options.augmentation(augmented("--aa", "None")).policy is None
-
-
-def augmented(*flags: str) -> SimpleNamespace:
-    return options.with_recipe(options.parse_args(list(flags)), ModelSpec())
+        chosen("--aa", "nonsense")
+    assert chosen("--aa", "None")[1].policy is None
 
 
 # --- What the model is: the checkpoint says, the flags say otherwise
@@ -119,7 +118,8 @@ SAVED = ModelSpec("deit_tiny", 0.5, 10, 64, False, {"patch_size": 8}, (1, 2), (0
 
 
 def described(*flags: str, base: ModelSpec | None = SAVED) -> ModelSpec:
-    return options.model_spec(options.parse_args(["--eval", *flags]), base, resumed=True)
+    flags = start.read_flags(start.parse_args(["--eval", *flags]))
+    return start.describe(flags.model, base, resumed=True, evaluating=True)
 
 
 def test_a_model_is_as_its_checkpoint_says() -> None:
@@ -164,5 +164,5 @@ def test_published_names() -> None:
 
 
 def test_help_names_every_flag_with_its_default() -> None:
-    text = re.sub(r"\s+", " ", options.build_parser().format_help())
+    text = re.sub(r"\s+", " ", start.build_parser().format_help())
     assert "(default: 0.0005, journal 0.004, label-free 1e-05)" in text

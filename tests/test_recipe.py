@@ -12,11 +12,9 @@ import torch.multiprocessing as mp
 from dynamicvit.datasets import Augmentation
 from dynamicvit.engine import accumulate_gradients, unwrap, update_weights
 from dynamicvit.models import ModelSpec, Teacher, create_model
-from dynamicvit.recipe import (
+from dynamicvit.optim import (
     BACKBONE,
     PREDICTOR,
-    RECIPES,
-    Recipe,
     Trainer,
     dense_rates,
     dynamic_rates,
@@ -24,10 +22,12 @@ from dynamicvit.recipe import (
     param_groups,
     set_rates,
 )
-from dynamicvit.recipe import build_trainer as build_trainer_of
+from dynamicvit.optim import build_trainer as build_trainer_of
+from dynamicvit.recipe import Recipe
+from dynamicvit.runs import start
 from torch import Tensor, nn
 
-from dynamicvit import options, recipe, utils
+from dynamicvit import recipe, utils
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
 KINDS = ("deit_small", "lvvit_s")
@@ -48,7 +48,7 @@ def build_trainer(arch: str = "deit_small", *flags: str) -> Trainer:
 
 
 def parse(*flags: str, spec: ModelSpec = ModelSpec()) -> Recipe:  # noqa: B008
-    return options.recipe(options.with_recipe(options.parse_args(list(flags)), spec))
+    return start.choose_recipe(start.read_flags(start.parse_args(list(flags))).training, spec)[0]
 
 
 def rates(epoch: float, *flags: str, dense: bool = False, steps_per_epoch: int = 10) -> dict[str, float]:
@@ -327,4 +327,3 @@ def test_recipe_follows_from_the_model() -> None:
     merged = parse("--distill", spec=ModelSpec(scorer="attention", reducer="merge"))
     assert merged.recipe == "label-free" and merged.cls_weight == 0
     assert parse("--lr", "1", spec=ModelSpec("convnext_s")).lr == 1
-    assert all(set(values) == set(RECIPES["neurips"]) for values in RECIPES.values())

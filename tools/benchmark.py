@@ -28,8 +28,9 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import ImageFiles, list_images
 from dynamicvit.models import ModelError, ModelSpec, Teacher, build_model
 from dynamicvit.models.flops import count_gflops, gflops_of, solve_keep_rates
+from dynamicvit.optim import AMP_DTYPES, build_trainer
 from dynamicvit.options import KEEP_RATE, POSITIVE, OneLineParser, number
-from dynamicvit.recipe import AMP_DTYPES, build_augmentation, build_recipe, build_trainer
+from dynamicvit.recipe import build_augmentation, build_recipe
 from dynamicvit.tools.timing import Step, hardware, interleave
 from torch import Tensor, nn
 from torch.optim import Optimizer

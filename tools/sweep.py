@@ -39,6 +39,7 @@ from dynamicvit.models import REDUCERS, SCORERS, ModelError, ModelSpec, build_mo
 from dynamicvit.models.factory import default_keep_rates
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.pruning import TokenPruning, choose_attention
+from dynamicvit.optim import AMP_DTYPES, pick_amp, precision_name
 from dynamicvit.options import (
     KEEP_RATE,
     NOT_NEGATIVE,
@@ -49,7 +50,6 @@ from dynamicvit.options import (
     load_trained_model,
     number,
 )
-from dynamicvit.recipe import AMP_DTYPES, pick_amp, precision_name
 from dynamicvit.tools.timing import hardware
 from dynamicvit.tools.tome import ToMe
 from dynamicvit.utils import log
