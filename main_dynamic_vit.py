@@ -18,7 +18,6 @@ from dynamicvit.engine import evaluate
 from dynamicvit.errors import exit_status
 from dynamicvit.models import ModelSpec, Teacher, build_model, build_teacher, find_weights, load_weights
 from dynamicvit.models.flops import dense_and_dynamic_gflops
-from dynamicvit.models.pretrained import backbone_part
 from dynamicvit.optim import build_trainer, is_always_frozen, pick_amp, precision_name
 from dynamicvit.runs.checkpoints import RunState
 from dynamicvit.runs.run import Run, RunOptions, list_bad_images, log_model, print_summary, report_accuracy
@@ -38,39 +37,32 @@ def main(args: Namespace) -> None:
     utils.init_distributed(device)
     start = find_start(flags)
     utils.set_seed(start.recipe.seed)
-    model = load_student(start).to(device)
+
+    model = build_model(start.spec, start.recipe.drop_path)
+    if start.weights is not None and start.earlier is None:
+        for note in load_weights(model, start.first_weights(), new_head=start.spec.dense and not start.evaluating):
+            log(note)
     teacher = build_teacher(model.spec, start.weights).to(device) if start.teaches else None
-    gflops = dense_and_dynamic_gflops(model)
+    gflops = dense_and_dynamic_gflops(model.to(device))
+    amp_dtype = pick_amp(start.recipe.amp, device)
     log_model(model, gflops)
-    log_conditions(start, model.spec.num_classes, device)
+    log(f"{start.data.data_set} {start.data.data_path}: {start.counts()} images, {model.spec.num_classes} classes")
+    processes = f"{utils.get_world_size()} process(es) on {device.type}"
+    log(f"{processes}, {start.recipe.batch_size} images each, {precision_name(amp_dtype)}")
+
     if start.evaluating:
-        evaluate_only(start, model, teacher, device)
+        evaluate_only(start, model, teacher, device, amp_dtype)
     else:
         train(start, flags.run, model, teacher, gflops, device, stop)
 
 
-def load_student(start: Start) -> nn.Module:
-    """The model to train or to evaluate, with the dense weights or new ones; a run's own follow later."""
-    model = build_model(start.spec, start.recipe.drop_path)
-    if start.weights is not None and start.earlier is None:
-        weights = backbone_part(start.weights) if start.spec.dense else start.weights
-        for note in load_weights(model, weights, new_head=start.spec.dense and not start.evaluating):
-            log(note)
-    return model
-
-
-def log_conditions(start: Start, num_classes: int, device: torch.device) -> None:
-    counts = " and ".join(f"{len(source)} {name}" for name, source in start.sources.items())
-    log(f"{start.data.data_set} {start.data.data_path}: {counts} images, {num_classes} classes")
-    precision = precision_name(pick_amp(start.recipe.amp, device))
-    log(f"{utils.get_world_size()} process(es) on {device.type}, {start.recipe.batch_size} images each, {precision}")
-
-
-def evaluate_only(start: Start, model: nn.Module, teacher: Teacher | None, device: torch.device) -> None:
+def evaluate_only(
+    start: Start, model: nn.Module, teacher: Teacher | None, device: torch.device, amp_dtype: torch.dtype | None
+) -> None:
     """The checkpoint's weights and their moving average; or dense weights, then beside the dense model."""
     loader = build_validation(start, model.spec, device)
     transform = BatchTransform(device, model.spec.preprocessing.mean, model.spec.preprocessing.std)
-    amp_dtype, dense = pick_amp(start.recipe.amp, device), teacher.vit if teacher is not None else None
+    dense = teacher.vit if teacher is not None else None
     entries = {"evaluated": find_weights(start.earlier) if start.earlier else None}
     if start.earlier and start.earlier.get("model_ema"):
         entries["moving average"] = find_weights(start.earlier["model_ema"])
@@ -91,6 +83,7 @@ def train(
     stop: StopSignal,
 ) -> None:
     recipe, data = start.recipe, start.data
+    val_loader = build_validation(start, model.spec, device)
     transform = train_transform(model.spec.img_size, start.augmentation, data.data_set)
     train_set = AugmentedDataset(start.sources["training"], transform, train=True, skip_bad=data.skip_bad_images)
     loader, steps = build_train_loader(
@@ -116,7 +109,7 @@ def train(
         settings=start.settings,
     )
     state = RunState.from_content(start.earlier) if start.earlier else None
-    run = Run(options, trainer, teacher, loader, build_validation(start, model.spec, device), gflops, stop, state)
+    run = Run(options, trainer, teacher, loader, val_loader, gflops, stop, state)
     best = run.to_the_end()
     print_summary(model.spec, gflops, run.progress.dense, best)
     list_bad_images(run.progress.bad_images)

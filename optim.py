@@ -61,11 +61,12 @@ def build_trainer(
 ) -> Trainer:
     """model: dense or dynamic, on the device. Compiles it and wraps it for several processes, where asked for."""
     amp_dtype, preprocessing = pick_amp(recipe.amp, device), model.spec.preprocessing
-    if hasattr(model, "set_distilled_training"):
+    if not model.spec.dense and hasattr(model, "set_distilled_training"):
         model.set_distilled_training(True)  # what the losses need, where others want logits
     mixup = build_mixup(recipe, model.num_classes)
     groups = param_groups(model, recipe.weight_decay, recipe.decay_new_biases)
     ema = MovingAverage(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
+    scaler = build_scaler(device, amp_dtype)
     criterion = build_criterion(recipe, model, teacher, mixed_labels=mixup is not None).to(device)
     if recipe.compile:
         for module in (model, teacher):
@@ -78,7 +79,7 @@ def build_trainer(
         model=model,
         criterion=criterion,
         optimizer=torch.optim.AdamW(groups, lr=recipe.lr, fused=True),
-        scaler=build_scaler(device, amp_dtype),
+        scaler=scaler,
         batch_transform=BatchTransform(
             device, preprocessing.mean, preprocessing.std, augmentation.reprob, augmentation.remode
         ),

@@ -6,32 +6,18 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from dynamicvit.errors import UserError
-from dynamicvit.models import (
-    ARCHS,
-    REDUCERS,
-    SCORERS,
-    ModelSpec,
-    build_model,
-    find_weights,
-    load_weights,
-    read_checkpoint,
-)
-from dynamicvit.models.pretrained import num_classes_of
-from dynamicvit.models.spec import LARGEST, SIZES
-from dynamicvit.runs.checkpoints import BEST, LAST, settings_of, spec_of
-from dynamicvit.utils import log, set_seed
-from torch import nn
+from dynamicvit.models import ARCHS, REDUCERS, SCORERS
+from dynamicvit.models.spec import LARGEST
 
 Number = int | float
 Range = tuple[str, Callable[[Number], bool]]
 T = TypeVar("T")
-RUNS = Path("logs")  # where tools look for the newest run
 
 
 def up_to(most: Number, least: Number = 1) -> Range:
@@ -317,60 +303,7 @@ class ModelFlags:
         group=MODEL,
     )
 
-    def describe(self, base: ModelSpec, dense: bool) -> ModelSpec:
-        """The model as base says it, but for what the flags say."""
-        if self.arch not in (None, base.arch):
-            base = ModelSpec(self.arch, base.base_rate, num_classes=base.num_classes)  # its sizes are another one's
-        sizes = {name: one_or_tuple(getattr(self, name)) for name in SIZES if getattr(self, name) is not None}
-        said = {"sizes": {**base.sizes, **sizes}, "dense": dense, "img_size": self.input_size}
-        said |= {"scorer": self.scorer, "reducer": self.reducer, "base_rate": self.base_rate}
-        said |= {"pruning_loc": self.pruning_loc, "merge_streams": self.merge_streams or None}
-        spec = replace(base, **{name: value for name, value in said.items() if value is not None})
-        if self.keep_rates is not None:
-            return replace(spec, keep_rates=self.keep_rates)
-        other_stages = spec.keep_rates and spec.pruning_loc and len(spec.keep_rates) != len(spec.pruning_loc)
-        if self.base_rate is not None or other_stages:
-            return replace(spec, keep_rates=None)
-        return spec
-
-
-def one_or_tuple(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
-
 
 def add_model_flags(parser: OneLineParser) -> None:
-    """For tools, which find the values with take(ModelFlags, args)."""
+    """For tools, which read them with take(ModelFlags, args) or runs.start.load_trained_model."""
     add_flags(parser, ModelFlags)
-
-
-def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[str, Any]]:
-    """A model in eval mode, whether what it has beside its dense backbone is trained, and its run's flags.
-
-    The model is as its checkpoint says, but for what the flags say. For tools: args has the flags of
-    add_model_flags and --resume (a checkpoint, a run's folder or a saved model's; None: the newest run under
-    logs/). Raises UserError.
-    """
-    flags = take(ModelFlags, args)
-    source = flags.pretrained or args.resume or newest_run()
-    content = read_checkpoint(source)
-    base, weights = spec_of(content), find_weights(content)
-    if base is None and flags.arch is None:
-        raise UserError(f"{source} does not name its architecture; add --arch")
-    base = base or ModelSpec(flags.arch, num_classes=num_classes_of(weights))
-    if args.resume and base.dense:
-        raise UserError(f"{source} is of a dense run; give a dynamic one with --resume (or --pretrained {source})")
-    set_seed(0)  # untrained predictors that choose the same tokens tomorrow
-    model = build_model(flags.describe(base, flags.dense))
-    notes = load_weights(model, weights)
-    for note in notes:
-        log(note)
-    log(f"{source}: {model.spec.arch}, {model.spec.num_classes} classes")
-    trained = not any("untrained" in note for note in notes)
-    return model.eval(), trained, settings_of(content)
-
-
-def newest_run() -> Path:
-    runs = [file for name in (BEST, LAST) for file in RUNS.rglob(name)]
-    if not runs:
-        raise UserError(f"no trained run under {RUNS}/; give --resume RUN_OR_CHECKPOINT, or --arch and --pretrained")
-    return max(runs, key=lambda file: file.stat().st_mtime).parent

@@ -64,14 +64,15 @@ class Run:
         self.dense = teacher.vit if teacher is not None else None
         self.train_loader, self.val_loader = train_loader, val_loader
         self.save_clock = SaveClock(options.save_freq)
-        self.sums = RunningMeans(trainer.device)
-        self.progress = Progress()
+        self.progress = earlier.progress if earlier is not None else Progress()
+        self.note_data(training=train_loader.dataset, validation=val_loader.dataset)
+        self.sums = restore(trainer, earlier) if earlier is not None else RunningMeans(trainer.device)
+        preprocessing = self.model.spec.preprocessing
+        self.val_transform = BatchTransform(trainer.device, preprocessing.mean, preprocessing.std)
         if earlier is not None:
-            self.sums, self.progress = restore(trainer, earlier), earlier.progress
             finished = self.progress.epoch >= options.epochs
             log(f"resumed at epoch {self.progress.epoch}, step {self.first_step}{', its end' if finished else ''}")
         self.saved = bool(earlier and options.place.output_dir)
-        self.note_data(training=train_loader.dataset, validation=val_loader.dataset)
         self.output = Output(options.place.output_dir, self.progress, val_loader.dataset)
         self.agreed_to_stop: Callable[[], Tensor] = lambda: torch.zeros(2, dtype=torch.uint8)
 
@@ -155,10 +156,8 @@ class Run:
         return record
 
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None) -> Record:
-        device, preprocessing = self.trainer.device, self.model.spec.preprocessing
-        transform = BatchTransform(device, preprocessing.mean, preprocessing.std)
-        batches = self.until_stopped(self.val_loader)
-        return evaluate(model, batches, transform, device, self.trainer.amp_dtype, self.options.dist_eval, dense)
+        batches, device, sharded = self.until_stopped(self.val_loader), self.trainer.device, self.options.dist_eval
+        return evaluate(model, batches, self.val_transform, device, self.trainer.amp_dtype, sharded, dense)
 
     def until_stopped(self, batches: DataLoader) -> Iterator:
         """The batches; ends the run at one that all processes agree on, where one of them has got a signal."""

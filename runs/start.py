@@ -5,19 +5,21 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dynamicvit.datasets import Augmentation, DataOptions, build_source
 from dynamicvit.errors import UserError
-from dynamicvit.models import ModelSpec, find_weights, gives_embeddings, read_checkpoint
+from dynamicvit.models import ModelSpec, build_model, find_weights, gives_embeddings, load_weights, read_checkpoint
 from dynamicvit.models.factory import image_size
-from dynamicvit.models.pretrained import StateDict, num_classes_of, read_dense_weights
+from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
 from dynamicvit.models.spec import SIZES
 from dynamicvit.options import STEPS, ModelFlags, OneLineParser, add_flags, dashed, given, setting, settings_in, take
 from dynamicvit.recipe import RECIPES, Recipe
-from dynamicvit.runs.checkpoints import Place, read_run, settings_of, spec_of
+from dynamicvit.runs.checkpoints import BEST, LAST, Place, read_run, settings_of, spec_of
 from dynamicvit.runs.clocks import SaveClock
-from dynamicvit.utils import log
+from dynamicvit.utils import log, set_seed
+from torch import nn
 from torch.utils.data import Dataset
 
 RUN = "run"
@@ -158,13 +160,21 @@ class Start:
         """Whether the weights are also the dense model's that the model learns from or is compared with."""
         return self.weights is not None and not self.spec.dense and (self.recipe.distill or self.evaluating)
 
+    def first_weights(self) -> StateDict:
+        """What the weights give to the model that starts: a dense one takes the backbone of a dynamic one."""
+        return backbone_part(self.weights) if self.spec.dense else self.weights
+
+    def counts(self) -> str:
+        return " and ".join(f"{len(source)} {name}" for name, source in self.sources.items())
+
 
 def find_start(flags: Flags) -> Start:
     """The model is as its checkpoint says, but for what the flags say. Raises UserError and ModelError."""
     evaluating = flags.run.eval
     earlier = read_run(flags.run.place, partial(changes, flags))
     content = earlier or (read_checkpoint(flags.model.pretrained) if flags.model.pretrained else {})
-    spec = describe(flags.model, spec_of(content), earlier is not None, evaluating)
+    base = spec_of(content)
+    spec = describe(flags.model, base, earlier is not None, evaluating)
     recipe, augmentation = choose_recipe(flags.training, spec)
     if not evaluating:
         recipe.check(spec.dense)
@@ -172,11 +182,16 @@ def find_start(flags: Flags) -> Start:
     weights = read_weights(flags.model.pretrained, spec, content, earlier is not None, evaluating, recipe.distill)
     kept = find_weights(earlier) if earlier else weights if evaluating or not flags.model.dense else None
     trained = None if kept is None else num_classes_of(kept)  # None: a new classifier is to be trained
+    for difference in base.differences(spec) if earlier and base else ():
+        log(f"differs from the checkpoint: {difference}")
     data = replace(flags.data, num_classes=flags.data.num_classes or trained)
     read = partial(build_source, options=data, size=image_size(spec), labelled=labelled)
     sources = {"validation": read(False)} if evaluating else {"training": read(True), "validation": read(False)}
     classes = sources["validation"].classes
-    num_classes = count_classes(flags, spec, len(classes), trained, needs_labels=labelled)
+    embeddings = trained is not None and gives_embeddings(replace(spec, num_classes=trained))
+    if embeddings and labelled:
+        raise UserError("the model gives embeddings, which labels say nothing of: use --cls-weight 0 --distill")
+    num_classes = trained if embeddings else count_classes(flags, len(classes), trained)
     names = choose_class_names(spec, classes if labelled else (), num_classes, evaluating)
     return Start(
         spec=replace(spec, num_classes=num_classes, class_names=names),
@@ -197,15 +212,33 @@ def describe(flags: ModelFlags, base: ModelSpec | None, resumed: bool, evaluatin
     resumed: the checkpoint is that of the model itself, and not of a dense one that it starts from.
     """
     if not resumed or base is None:
-        return flags.describe(base or ModelSpec(), flags.dense)
+        return with_flags(flags, base or ModelSpec(), flags.dense)
     if base.dense != flags.dense and not evaluating:
         raise UserError(
             "the run to resume trained a different kind of model; pass its checkpoint as --pretrained instead"
         )
-    spec = flags.describe(base, base.dense or flags.dense)
-    for difference in base.differences(spec):
-        log(f"differs from the checkpoint: {difference}")
+    return with_flags(flags, base, base.dense or flags.dense)
+
+
+def with_flags(flags: ModelFlags, base: ModelSpec, dense: bool) -> ModelSpec:
+    """The model as base says it, but for what the flags say."""
+    if flags.arch not in (None, base.arch):
+        base = ModelSpec(flags.arch, base.base_rate, num_classes=base.num_classes)  # its sizes are another one's
+    sizes = {name: one_or_tuple(getattr(flags, name)) for name in SIZES if getattr(flags, name) is not None}
+    said = {"sizes": {**base.sizes, **sizes}, "dense": dense, "img_size": flags.input_size}
+    said |= {"scorer": flags.scorer, "reducer": flags.reducer, "base_rate": flags.base_rate}
+    said |= {"pruning_loc": flags.pruning_loc, "merge_streams": flags.merge_streams or None}
+    spec = replace(base, **{name: value for name, value in said.items() if value is not None})
+    if flags.keep_rates is not None:
+        return replace(spec, keep_rates=flags.keep_rates)
+    other_stages = spec.keep_rates and spec.pruning_loc and len(spec.keep_rates) != len(spec.pruning_loc)
+    if flags.base_rate is not None or other_stages:
+        return replace(spec, keep_rates=None)
     return spec
+
+
+def one_or_tuple(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def choose_recipe(training: Mapping[str, Any], spec: ModelSpec) -> tuple[Recipe, Augmentation]:
@@ -239,7 +272,7 @@ def settings(flags: Flags, recipe: Recipe, augmentation: Augmentation) -> dict[s
 def changes(flags: Flags, content: dict[str, Any]) -> list[str]:
     """How the flags differ from those that a checkpoint was written with."""
     base = spec_of(content)
-    spec = flags.model.describe(base or ModelSpec(), flags.model.dense)
+    spec = with_flags(flags.model, base or ModelSpec(), flags.model.dense)
     earlier = settings_of(content)
     different = [
         f"--{name.replace('_', '-')} {earlier[name]} -> {value}"
@@ -265,13 +298,9 @@ def read_weights(
     return find_weights(content) if content and not resumed else read_dense_weights(spec, file)
 
 
-def count_classes(flags: Flags, spec: ModelSpec, known: int, trained: int | None, needs_labels: bool) -> int:
-    """How many classes the model is to have. known: classes of the data, 0 without labels. trained: classes of its
-    weights, 0 where these have no classifier, None where a new one is to be trained."""
-    if trained is not None and gives_embeddings(replace(spec, num_classes=trained)):
-        if needs_labels:
-            raise UserError("the model gives embeddings, which labels say nothing of: use --cls-weight 0 --distill")
-        return trained
+def count_classes(flags: Flags, known: int, trained: int | None) -> int:
+    """How many classes a classifier is to have. known: classes of the data, 0 without labels. trained: classes of the
+    weights, None where a new classifier is to be trained."""
     wanted = flags.data.num_classes or known or trained
     if wanted is None:
         raise UserError("the images have no labels, which a model without trained weights needs")
@@ -293,3 +322,41 @@ def choose_class_names(
         return spec.class_names
     learned = len(classes) == num_classes and all(name.isprintable() for name in classes)
     return tuple(classes) if learned else None
+
+
+# --- For tools
+
+RUNS = Path("logs")  # where the newest run is looked for
+
+
+def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[str, Any]]:
+    """A model in eval mode, whether what it has beside its dense backbone is trained, and its run's flags.
+
+    The model is as its checkpoint says, but for what the flags say. For tools: args has the flags of
+    add_model_flags and --resume (a checkpoint, a run's folder or a saved model's; None: the newest run under
+    logs/). Raises UserError.
+    """
+    flags = take(ModelFlags, args)
+    source = flags.pretrained or args.resume or newest_run()
+    content = read_checkpoint(source)
+    base, weights = spec_of(content), find_weights(content)
+    if base is None and flags.arch is None:
+        raise UserError(f"{source} does not name its architecture; add --arch")
+    base = base or ModelSpec(flags.arch, num_classes=num_classes_of(weights))
+    if args.resume and base.dense:
+        raise UserError(f"{source} is of a dense run; give a dynamic one with --resume (or --pretrained {source})")
+    set_seed(0)  # untrained predictors that choose the same tokens tomorrow
+    model = build_model(with_flags(flags, base, flags.dense))
+    notes = load_weights(model, weights)
+    for note in notes:
+        log(note)
+    log(f"{source}: {model.spec.arch}, {model.spec.num_classes} classes")
+    trained = not any("untrained" in note for note in notes)
+    return model.eval(), trained, settings_of(content)
+
+
+def newest_run() -> Path:
+    runs = [file for name in (BEST, LAST) for file in RUNS.rglob(name)]
+    if not runs:
+        raise UserError(f"no trained run under {RUNS}/; give --resume RUN_OR_CHECKPOINT, or --arch and --pretrained")
+    return max(runs, key=lambda file: file.stat().st_mtime).parent

@@ -44,12 +44,11 @@ from dynamicvit.options import (
     KEEP_RATE,
     NOT_NEGATIVE,
     POSITIVE,
-    RUNS,
     OneLineParser,
     add_model_flags,
-    load_trained_model,
     number,
 )
+from dynamicvit.runs.start import RUNS, load_trained_model
 from dynamicvit.tools.timing import hardware
 from dynamicvit.tools.tome import ToMe
 from dynamicvit.utils import log
