@@ -18,6 +18,7 @@ from dynamicvit.engine import evaluate
 from dynamicvit.errors import exit_status
 from dynamicvit.models import ModelSpec, Teacher, build_model, build_teacher, find_weights, load_weights
 from dynamicvit.models.flops import dense_and_dynamic_gflops
+from dynamicvit.models.pretrained import backbone_part
 from dynamicvit.optim import build_trainer, is_always_frozen, pick_amp, precision_name
 from dynamicvit.runs.checkpoints import RunState
 from dynamicvit.runs.run import Run, RunOptions, list_bad_images, log_model, print_summary, report_accuracy
@@ -40,12 +41,13 @@ def main(args: Namespace) -> None:
 
     model = build_model(start.spec, start.recipe.drop_path)
     if start.weights is not None and start.earlier is None:
-        for note in load_weights(model, start.first_weights(), new_head=start.spec.dense and not start.evaluating):
+        weights = backbone_part(start.weights) if start.spec.dense else start.weights
+        for note in load_weights(model, weights, new_head=start.spec.dense and not start.evaluating):
             log(note)
     teacher = build_teacher(model.spec, start.weights).to(device) if start.teaches else None
     gflops = dense_and_dynamic_gflops(model.to(device))
-    amp_dtype = pick_amp(start.recipe.amp, device)
     log_model(model, gflops)
+    amp_dtype = pick_amp(start.recipe.amp, device)
     log(f"{start.data.data_set} {start.data.data_path}: {start.counts()} images, {model.spec.num_classes} classes")
     processes = f"{utils.get_world_size()} process(es) on {device.type}"
     log(f"{processes}, {start.recipe.batch_size} images each, {precision_name(amp_dtype)}")

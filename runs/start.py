@@ -12,7 +12,7 @@ from dynamicvit.datasets import Augmentation, DataOptions, build_source
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, build_model, find_weights, gives_embeddings, load_weights, read_checkpoint
 from dynamicvit.models.factory import image_size
-from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
+from dynamicvit.models.pretrained import StateDict, num_classes_of, read_dense_weights
 from dynamicvit.models.spec import SIZES
 from dynamicvit.options import STEPS, ModelFlags, OneLineParser, add_flags, dashed, given, setting, settings_in, take
 from dynamicvit.recipe import RECIPES, Recipe
@@ -159,10 +159,6 @@ class Start:
     def teaches(self) -> bool:
         """Whether the weights are also the dense model's that the model learns from or is compared with."""
         return self.weights is not None and not self.spec.dense and (self.recipe.distill or self.evaluating)
-
-    def first_weights(self) -> StateDict:
-        """What the weights give to the model that starts: a dense one takes the backbone of a dynamic one."""
-        return backbone_part(self.weights) if self.spec.dense else self.weights
 
     def counts(self) -> str:
         return " and ".join(f"{len(source)} {name}" for name, source in self.sources.items())
@@ -329,7 +325,7 @@ def choose_class_names(
 RUNS = Path("logs")  # where the newest run is looked for
 
 
-def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[str, Any]]:
+def load_trained_model(args: Namespace) -> tuple[nn.Module, bool, dict[str, Any]]:
     """A model in eval mode, whether what it has beside its dense backbone is trained, and its run's flags.
 
     The model is as its checkpoint says, but for what the flags say. For tools: args has the flags of
