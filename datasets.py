@@ -76,12 +76,12 @@ class Augmentation:
     train_interpolation: str = setting(
         "bicubic", "how crops are resized", group="augmentation", choices=("random", "bilinear", "bicubic")
     )
-    scale: tuple[float, float] = setting(
-        (0.08, 1.0), "smallest and largest share of an image that is cut out", SHARE, group="augmentation"
-    )
     reprob: float = setting(0.25, "probability of random erasing", SHARE, group="augmentation")
     remode: str = setting(
         "pixel", "what erased pixels become", group="augmentation", choices=("const", "rand", "pixel")
+    )
+    scale: tuple[float, float] = setting(
+        (0.08, 1.0), "smallest and largest share of an image that is cut out", SHARE, group="augmentation"
     )
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """A training run: the epoch loop around engine.py, and resuming, stopping, validating and saving it."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,11 @@ class Run:
         """Of the epoch, where an earlier run has begun it."""
         return min(self.progress.images // self.options.step_images, self.options.steps_per_epoch)
 
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run."""
+        return self.options.epochs * self.options.steps_per_epoch
+
     def note_data(self, **data_sets: Any) -> None:
         """Says what has changed since the checkpoint."""
         if is_main_process():
@@ -97,11 +103,13 @@ class Run:
                 # beside itself, as without labels there is nothing else to compare it with
                 self.progress.dense = self.evaluate(self.dense, self.dense if self.options.compare_with_dense else None)
                 report_accuracy("dense teacher", self.progress.dense)
-            eta = Eta((self.options.epochs - self.progress.epoch) * self.options.steps_per_epoch - self.first_step)
+            eta = Eta(self.num_steps - self.progress.epoch * self.options.steps_per_epoch - self.first_step)
             while self.progress.epoch < self.options.epochs:
                 record, pace = self.train_epoch(eta)
                 record |= self.validate()
                 self.finish_epoch(record, pace)
+            if sum(record["train/skipped_steps"] for record in self.progress.history) >= self.num_steps:
+                raise Diverged("every step of the run was skipped, as its gradients were not finite")
             best = max(self.progress.history, key=quality)
             self.output.write_summary(self.options.settings, self.gflops, best)
             return best
@@ -118,6 +126,8 @@ class Run:
         step_images = self.train_loader.batch_size * self.trainer.update_freq
         self.train_loader.sampler.set_epoch(epoch, start=steps.start * step_images)
         stats, pace = train_one_epoch(self.trainer, self.train_loader, epoch, steps, eta, self.sums, self.after_step)
+        if not math.isfinite(stats["loss"]):
+            raise Diverged(f"no step of epoch {epoch} had a loss that is finite")
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizer.param_groups}
         return {"epoch": epoch} | rates | {f"train/{name}": value for name, value in stats.items()}, pace
 
