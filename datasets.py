@@ -72,7 +72,7 @@ class Augmentation:
     """How training images are varied; the defaults are DeiT's. Raises UserError where a value makes no sense."""
 
     color_jitter: float = setting(0.4, "where --aa is none", NOT_NEGATIVE, group="augmentation")
-    aa: str = setting("rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", group="augmentation")
+    aa: str = setting("rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", group="augmentation", read=str)
     train_interpolation: str = setting(
         "bicubic", "how crops are resized", group="augmentation", choices=("random", "bilinear", "bicubic")
     )

@@ -115,6 +115,14 @@ def stop_if_diverged(trainer: Trainer) -> None:
         raise Diverged(f"{MAX_BAD_STEPS} steps in a row or more had gradients that are not finite")
 
 
+class NotFinite(UserError):
+    """Answers that no figure can be made of."""
+
+    def __init__(self, finding: str) -> None:
+        super().__init__(f"{finding}: its weights are damaged, or float16 is not enough for them (--amp off, or bf16)")
+        self.finding = finding
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -132,7 +140,7 @@ def evaluate(
       or for a model without a classifier the cosine of the two embeddings.
 
     sharded: each process's loader holds its own part of the images, so sums are added up.
-    Raises UserError where answers are not finite, as every figure would be wrong.
+    Raises NotFinite where answers are not, as every figure would be wrong.
     """
     broadcast_buffers(model)
     model.eval()
@@ -184,10 +192,7 @@ def means_over_images(sums: dict[str, float], with_dense: bool, embeddings: bool
         raise UserError("there is no image to validate on")
     for whose, name in (("the model's", "not_finite"), ("the dense model's", "dense_not_finite")):
         if sums[name] > 0:
-            raise UserError(
-                f"{whose} answers to {sums[name]:.0f} of {images:.0f} images are not finite numbers: its weights are "
-                "damaged, or float16 is not enough for them (--amp off, or bf16)"
-            )
+            raise NotFinite(f"{whose} answers to {sums[name]:.0f} of {images:.0f} images are not finite numbers")
     if not with_dense and (labelled == 0 or embeddings):
         why = "the model gives embeddings" if embeddings else "no image to validate on has a label"
         raise UserError(f"{why}: to compare with the dense model, add --pretrained FILE")

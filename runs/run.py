@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from dynamicvit.datasets import BatchTransform, fingerprint
-from dynamicvit.engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
+from dynamicvit.engine import Diverged, NotFinite, RunningMeans, evaluate, train_one_epoch, unwrap
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, Teacher, load_weights
 from dynamicvit.optim import Trainer
@@ -160,7 +160,10 @@ class Run:
         record = {}
         for name, weights in (("val", self.model), ("val_ema", self.trainer.ema and self.trainer.ema.module)):
             if weights is not None:
-                stats = self.evaluate(weights, self.dense if self.options.compare_with_dense else None)
+                try:
+                    stats = self.evaluate(weights, self.dense if self.options.compare_with_dense else None)
+                except NotFinite as error:
+                    raise Diverged(error.finding) from error
                 report_accuracy(f"epoch {self.progress.epoch} {name}", stats)
                 record |= {f"{name}/{key}": value for key, value in stats.items()}
         return record
