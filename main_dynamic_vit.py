@@ -17,7 +17,7 @@ from dynamicvit.datasets import (
 from dynamicvit.engine import evaluate
 from dynamicvit.errors import exit_status
 from dynamicvit.models import ModelSpec, Teacher, build_model, build_teacher, find_weights, load_weights
-from dynamicvit.models.flops import dense_and_dynamic_gflops
+from dynamicvit.models.costs import dense_and_dynamic_gflops
 from dynamicvit.models.pretrained import backbone_part
 from dynamicvit.optim import build_trainer, is_always_frozen, pick_amp, precision_name
 from dynamicvit.runs.checkpoints import RunState

@@ -61,7 +61,7 @@ def build_trainer(
 ) -> Trainer:
     """model: dense or dynamic, on the device. Compiles it and wraps it for several processes, where asked for."""
     amp_dtype, preprocessing = pick_amp(recipe.amp, device), model.spec.preprocessing
-    if not model.spec.dense and hasattr(model, "set_distilled_training"):
+    if not model.spec.dense:
         model.set_distilled_training(True)  # what the losses need, where others want logits
     mixup = build_mixup(recipe, model.num_classes)
     groups = param_groups(model, recipe.weight_decay, recipe.decay_new_biases)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from dynamicvit.errors import UserError
 from dynamicvit.models import ARCHS, REDUCERS, SCORERS
+from dynamicvit.models.pruning import PLACES
 from dynamicvit.models.spec import LARGEST
 
 Number = int | float
@@ -268,6 +269,13 @@ class ModelFlags:
     )
     reducer: str | None = setting(
         None, "what happens to the rest (default: the checkpoint's, else drop)", group=MODEL, choices=REDUCERS
+    )
+    place: str | None = setting(
+        None,
+        "of the stages: before their blocks, or inside, between attention and MLP (default: the checkpoint's, else "
+        "before)",
+        group=MODEL,
+        choices=PLACES,
     )
     merge_streams: bool = setting(
         False,

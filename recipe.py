@@ -155,12 +155,12 @@ class Expected:
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe as it stands in the list. for_vits: values that are others for ViTs than for Swin and ConvNeXt."""
+    """A recipe as it stands in the list. for_models_of: values that are others for the models of another paper."""
 
     recipe: Recipe
     augmentation: Augmentation
     expected: Expected
-    for_vits: Mapping[str, Any] = field(default_factory=dict)
+    for_models_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 JOURNAL = Recipe(
@@ -219,7 +219,7 @@ RECIPES = {
             result="ConvNeXt-T at base rate 0.7 81.59 % top-1 with 3.6 GFLOPs, Swin-T 80.91 % with 4.0",
             source="published",
         ),
-        for_vits={"ratio_weight": 2.0},
+        for_models_of={"neurips": {"ratio_weight": 2.0}},
     ),
     "label-free": Entry(
         LABEL_FREE,

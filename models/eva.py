@@ -1,11 +1,29 @@
 """timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder and other ViTs with rotary position embeddings."""
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import apply_rot_embed_cat
-from timm.models.eva import Eva
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from .vit import Tokens, ViTAdapter
+from .blocks import Tokens, split_post_norm_block
+from .vit import ViTAdapter
+
+
+def split_eva_block(block: EvaBlock, attend: Callable[[Tensor], Tensor]) -> tuple[Callable, Callable]:
+    """As vit.split_block; a layer scale is a parameter of the block, where there is one."""
+
+    def scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
+        return branch if gamma is None else gamma * branch
+
+    def attention_half(x: Tensor) -> Tensor:
+        return x + block.drop_path1(scaled(attend(block.norm1(x)), block.gamma_1))
+
+    def mlp_half(x: Tensor) -> Tensor:
+        return x + block.drop_path2(scaled(block.mlp(block.norm2(x)), block.gamma_2))
+
+    return attention_half, mlp_half
 
 
 class EvaAdapter(ViTAdapter):
@@ -14,12 +32,15 @@ class EvaAdapter(ViTAdapter):
     A merged token keeps the place of the patch that the others joined.
     """
 
+    backbone = Eva
+    splits = {EvaBlock: split_eva_block, EvaBlockPostNorm: split_post_norm_block}  # noqa: RUF012
+
     def embed(self, vit: Eva, images: Tensor) -> Tokens:
         x, rope = vit._pos_embed(vit.patch_embed(images))
         return Tokens(vit.norm_pre(x), rope)
 
-    def run_block(self, vit: Eva, i: int, tokens: Tokens) -> Tensor:
-        return vit.blocks[i](tokens.x, rope=rope_of(vit, i, tokens), attn_mask=tokens.bias)
+    def block_arguments(self, vit: Eva, i: int, tokens: Tokens) -> dict[str, Tensor | None]:
+        return {"rope": rope_of(vit, i, tokens), "attn_mask": tokens.bias}
 
     def rotate(self, vit: Eva, i: int, attention: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         rope = rope_of(vit, i, tokens)

@@ -7,13 +7,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import ConvNeXt, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import pruning, spatial
+from . import spatial
+from .families import FAMILIES, Family, family_of, make_dynamic
 from .lvvit import LVViT
-from .spec import ModelError, ModelSpec, Preprocessing
+from .spec import ModelError, ModelSpec, Preprocessing, one_side
 
 DeiT = partial(VisionTransformer, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 IMAGE_TEXT = ("clip", "siglip", "pe_core")  # in timm's names of models that were trained on images with texts
@@ -57,6 +58,7 @@ def create_model(
     scorer: str = "predictor",
     reducer: str = "drop",
     merge_streams: bool = False,
+    place: str = "before",
     **sizes: Any,
 ) -> nn.Module:
     """Builds a dynamic model, or with dense=True its plain backbone.
@@ -65,8 +67,9 @@ def create_model(
     base_rate: stage s keeps base_rate ** s of the original patch tokens (s = 1, 2, ...), unless
     keep_rates names the shares one by one. num_classes, img_size (pixels) and sizes (embed_dim,
     depth, num_heads, mlp_ratio, patch_size; for Swin and ConvNeXt depths, window_size) default to the
-    architecture's own: 1000 classes and 224 pixels for those of the papers. merge_streams: see make_dynamic.
-    A dynamic model returns (logits, tokens, keep_mask, keep_decisions) in train mode and logits in
+    architecture's own: 1000 classes and 224 pixels for those of the papers. merge_streams, place: see make_dynamic.
+    A dynamic model returns (logits, tokens, keep_mask, keep_decisions) in train mode, as published (and unlike one that
+    make_dynamic has made of your own; model.set_distilled_training(False) for logits alone), and logits in
     eval mode, a dense one logits; Teacher makes a dense one return (logits, tokens).
     model.spec describes what was built. Raises ModelError, with a message for the user, if anything
     does not fit.
@@ -84,6 +87,7 @@ def create_model(
             scorer=scorer,
             reducer=reducer,
             merge_streams=merge_streams,
+            place=place,
         )
     )
 
@@ -93,22 +97,31 @@ def build_model(spec: ModelSpec, drop_path: float = 0.0) -> nn.Module:
 
     drop_path: the share of residual branches left out in training at the last block (0 at the first).
     """
-    if spec.arch in ARCHS:
-        model, spec = build_known(spec, drop_path)
-    else:
-        model, spec = build_by_timm_name(spec, drop_path)
+    build_backbone = build_known if spec.arch in ARCHS else build_by_timm_name
+    model, spec = build_backbone(spec, drop_path)
+    model.built_pool = getattr(model, "global_pool", None)
+    if spec.global_pool is not None:
+        model.reset_classifier(model.num_classes, spec.global_pool)
     if not spec.dense:
-        pruning_loc = default_pruning_loc(spec, model) if spec.pruning_loc is None else spec.pruning_loc
-        try:
-            keep_rates = spec.keep_rates or default_keep_rates(model, spec.base_rate, len(pruning_loc))
-            spec = replace(spec, pruning_loc=tuple(pruning_loc), keep_rates=tuple(keep_rates))
-            model = make_dynamic(model, pruning_loc, keep_rates, spec.scorer, spec.reducer, spec.merge_streams)
-        except ModelError:
-            raise
-        except ValueError as error:
-            raise ModelError(str(error)) from error
+        model, spec = add_stages(model, spec)
     model.spec = spec
     return model
+
+
+def add_stages(model: nn.Module, spec: ModelSpec) -> tuple[nn.Module, ModelSpec]:
+    """The backbone made dynamic as its spec says, and the completed spec. Raises ModelError."""
+    try:
+        family, built_pool = family_of(model), model.built_pool
+        loc = default_pruning_loc(spec, family, model) if spec.pruning_loc is None else spec.pruning_loc
+        keep_rates = spec.keep_rates or family.keep_rates(spec.base_rate, len(loc))
+        model = make_dynamic(model, loc, keep_rates, spec.scorer, spec.reducer, spec.merge_streams, place=spec.place)
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    model.built_pool = built_pool
+    model.set_distilled_training(True)
+    return model, replace(spec, pruning_loc=model.pruning_loc, keep_rates=model.keep_rates)
 
 
 def build_known(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, ModelSpec]:
@@ -144,7 +157,7 @@ def build_by_timm_name(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, Mo
     """Any timm model, and the spec completed from its pretrained_cfg."""
     check_known(spec.arch)
     options = dict(spec.sizes, num_classes=spec.num_classes, img_size=spec.img_size)
-    if timm.model_entrypoint(spec.arch).__module__ == ConvNeXt.__module__:
+    if not family_of_name(spec.arch).takes_img_size:
         del options["img_size"]  # it takes images of any size, and no such argument
     if drop_path:
         options["drop_path_rate"] = drop_path
@@ -187,55 +200,17 @@ def image_size(spec: ModelSpec) -> int | tuple[int, int]:
         return build_model(spec).spec.img_size
 
 
-def one_side(size: Sequence[int]) -> int | tuple[int, int]:
-    """(height, width), or one number where they are equal."""
-    height, width = size
-    return height if height == width else (height, width)
+def family_of_name(arch: str) -> Family:
+    """The family of an architecture that need not be built: ViTs' where no other one has it."""
+    if arch in ARCHS:
+        with torch.device("meta"):
+            return family_of(build_known(ModelSpec(arch), 0.0)[0])
+    module = timm.model_entrypoint(arch).__module__
+    return next((family for family in FAMILIES if family.backbone.__module__ == module), FAMILIES[-1])
 
 
-def make_dynamic(
-    backbone: nn.Module,
-    pruning_loc: Sequence[int],
-    keep_rates: Sequence[float],
-    scorer: str = "predictor",
-    reducer: str = "drop",
-    merge_streams: bool = False,
-) -> nn.Module:
-    """Makes a trained timm backbone dynamic, in place; its own weights and names stay.
-
-    backbone: a VisionTransformer or Eva (see pruning.make_dynamic), a SwinTransformer or ConvNeXt (see
-    spatial.make_spatial_dynamic: by predictors and fast paths alone; only these have merge_streams).
-    pruning_loc: the blocks before which tokens are reduced. keep_rates: the share of the original
-    patch tokens kept after each of these stages. Raises ValueError if anything does not fit.
-    """
-    if isinstance(keep_rates, (int, float)):
-        rates = default_keep_rates(backbone, keep_rates, len(pruning_loc))
-        raise ValueError(f"keep_rates needs a share of all tokens for each stage; {keep_rates} would be {rates}")
-    if isinstance(backbone, spatial.Backbone):
-        if (scorer, reducer) != ("predictor", "drop"):
-            raise ValueError(f"a {type(backbone).__name__} needs predictor and drop, got {scorer} and {reducer}")
-        return spatial.make_spatial_dynamic(backbone, pruning_loc, keep_rates, merge_streams)
-    return pruning.make_dynamic(backbone, pruning_loc, keep_rates, scorer, reducer)
-
-
-def default_pruning_loc(spec: ModelSpec, backbone: nn.Module) -> tuple[int, ...]:
-    """The paper's, or by its rules: before each quarter of the blocks but the first; in a Swin or ConvNeXt
-    three times early in the third stage."""
+def default_pruning_loc(spec: ModelSpec, family: Family, backbone: nn.Module) -> tuple[int, ...]:
+    """The paper's for its own models, else by its rule."""
     if spec.arch in ARCHS and not {"depth", "depths"} & set(spec.sizes):
         return ARCHS[spec.arch].pruning_loc
-    if isinstance(backbone, spatial.Backbone):
-        step = max(1, len(spatial.third_stage_blocks(backbone)) // 9)
-        return (step, 2 * step, 3 * step)
-    depth = len(getattr(backbone, "blocks", ()))
-    return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
-
-
-def default_keep_rates(backbone: nn.Module, base_rate: float, num_stages: int) -> tuple[float, ...]:
-    """As published for the backbone's family."""
-    rates = spatial.arithmetic_keep_rates if isinstance(backbone, spatial.Backbone) else geometric_keep_rates
-    return rates(base_rate, num_stages)
-
-
-def geometric_keep_rates(base_rate: float, num_stages: int, fewest: float = 0.0) -> tuple[float, ...]:
-    """base_rate, base_rate^2, ... (paper, section 4.1), but no stage keeps less than the share fewest."""
-    return tuple(max(fewest, base_rate ** (stage + 1)) for stage in range(num_stages))
+    return family.default_pruning_loc(backbone)

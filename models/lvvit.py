@@ -67,6 +67,9 @@ class LVViT(VisionTransformer):
         init_weights_vit_timm(aux_head)
         return aux_head
 
+    def set_input_size(self, *_, **__) -> None:
+        raise NotImplementedError("LV-ViT's stem takes one image size: build the model with another img_size")
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self.build_aux_head()
@@ -80,6 +83,11 @@ class LVViT(VisionTransformer):
 
 class LVViTAdapter(ViTAdapter):
     """The auxiliary head's logits take the place of the patch features wherever outputs are compared."""
+
+    backbone = LVViT
+
+    def reads_prefix_alone(self, vit: LVViT) -> bool:
+        return vit.num_classes == 0  # the auxiliary head reads every patch
 
     def outputs(self, vit: LVViT, x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         return vit.head(x[:, 0]), vit.aux_head(x[:, 1:])

@@ -15,8 +15,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .factory import ARCHS, check_known
+from .families import family_of
 from .saved import looks_like_saved, read_saved
-from .spatial import Backbone, map_published
 from .spec import CheckpointError, ModelSpec, StateDict
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
@@ -137,8 +137,7 @@ def load_weights(model: nn.Module, weights: StateDict, new_head: bool = False) -
     file starts a dynamic model). new_head: a head of another number of classes is left out and
     starts anew. Raises CheckpointError that names everything else that does not fit.
     """
-    if isinstance(model, Backbone):
-        weights = map_published(weights, model)
+    weights = family_of(model).map_published(weights, model)
     weights = dict(weights)
     target = model.state_dict()
     notes = []

@@ -1,52 +1,38 @@
 """Token reduction in a vision transformer: the heart of DynamicViT (arXiv 2106.02034), for any trained ViT.
 
-A *stage* is a place before a block where a scorer ranks the patch tokens that are left and a reducer
-drops or merges those that are not kept. There are two forward passes. Pruned: tokens really leave the
-tensor. Masked, the published way to train predictors: tokens stay, and the *policy*, 1 for a kept token
+A *stage* is a place before a block, or inside it between attention and MLP, where a scorer ranks the patch tokens that
+are left and a reducer drops or merges those that are not kept. There are two forward passes. Pruned: tokens really
+leave the tensor. Masked, the published way to train predictors: tokens stay, and the *policy*, 1 for a kept token
 and 0 for a dropped one, hides them from attention. Shapes: B images, N patch tokens, K of them left,
 P prefix tokens (the class token first), C channels, S stages.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain, pairwise
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import use_fused_attn
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .eva import EvaAdapter
-from .lvvit import LVViT, LVViTAdapter
-from .reducers import REDUCERS, Reduced, drop, merge, select_tokens
-from .scorers import (
-    SCORERS,
-    Predictor,
-    class_attention,
-    distinct_scores,
-    outlying,
-    random_scores,
-    received_attention,
-)
-from .vit import POOLINGS, Tokens, ViTAdapter, attentions, log_weights, matmul_dtype, observe, take_observed
+from .blocks import POOLINGS, Tokens, attentions, choose_attention, has_hooks, log_weights, matmul_dtype, observe
+from .dynamic import Dynamic, Plan, check_own_methods, dynamic_class
+from .patches import project_by_product
+from .rates import check_keep_rates
+from .reducers import Reduced, select_tokens
+from .restoring import RESTORE, Restorer
+from .scorers import Look, Predictor
 
-__all__ = ["Predictor", "TokenPruning", "Trace", "make_dynamic", "sample_keep_decision", "select_tokens"]
+if TYPE_CHECKING:
+    from .vit import ViTAdapter
 
-# The first that fits: LVViT is a VisionTransformer too.
-ADAPTERS = {LVViT: LVViTAdapter(), VisionTransformer: ViTAdapter(), Eva: EvaAdapter()}
+__all__ = ["Predictor", "TokenPruning", "Trace", "sample_keep_decision", "select_tokens"]
 
-
-def find_adapter(vit: nn.Module) -> ViTAdapter:
-    """The adapter for the backbone's family. Raises ValueError for an unknown one."""
-    for family, adapter in ADAPTERS.items():
-        if isinstance(vit, family):
-            return adapter
-    raise ValueError(
-        "only timm's VisionTransformer, Eva, SwinTransformer and ConvNeXt can be dynamic, "
-        f"and this is a {type(vit).__name__}"
-    )
+PLACES = ("before", "inside")  # of a stage: before its block, or between the block's attention and its MLP
 
 
 def sample_keep_decision(log_probs: Tensor) -> Tensor:
@@ -80,26 +66,13 @@ def aligned(bias: Tensor) -> Tensor:
     CUDA's fused attention wants that of a bias, and would otherwise pad a copy of it in every block.
     """
     width = bias.shape[-1]
-    return F.pad(bias, (0, -width % 8))[..., :width]
-
-
-def choose_attention(vit: nn.Module, images: Tensor) -> None:
-    """timm's plain attention instead of its fused kernel where that one falls short.
-
-    On a CPU it is the slower one in bfloat16. In float16 it would keep a dropped token's weight, about
-    1e-9, as 0, and so its decision would get no gradient.
-    """
-    slow = images.device.type == "cpu" and matmul_dtype(images) == torch.bfloat16
-    coarse = vit.training and matmul_dtype(images) == torch.float16
-    pooling = [vit.attn_pool] if vit.global_pool == "map" else []
-    for attention in [*chain.from_iterable(attentions(block) for block in vit.blocks), *pooling]:
-        attention.fused_attn = use_fused_attn() and not (slow or coarse)
+    return bias if bias.device.type == "cpu" else F.pad(bias, (0, -width % 8))[..., :width]
 
 
 def bias_dtype(x: Tensor) -> torch.dtype:
-    """That of the matrix products, but float32 instead of float16; see choose_attention."""
+    """That of the matrix products, but float32 instead of float16 under autocast; see choose_attention."""
     dtype = matmul_dtype(x)
-    return torch.float32 if dtype == torch.float16 else dtype
+    return torch.float32 if dtype == torch.float16 and x.dtype != torch.float16 else dtype
 
 
 class Stage(NamedTuple):
@@ -107,7 +80,7 @@ class Stage(NamedTuple):
 
     scores: Tensor  # (B, M)
     reduced: Reduced
-    patches: Tensor  # (B, K) original numbers of the patches kept, best score first
+    patches: Tensor  # (B, K) original numbers of the patches kept
 
 
 class Trace(NamedTuple):
@@ -120,19 +93,25 @@ class Trace(NamedTuple):
     grid: tuple[int, int]  # rows and columns of the N patches
 
 
-class TokenPruning:
+@dataclass
+class Forward:
+    """One pass through the blocks: what is asked of it, and what it has met."""
+
+    stages: list[Stage]
+    head_alone: bool  # nobody reads a patch token after the last attention
+    restorer: Restorer | None = None
+    wanted: frozenset[int] = frozenset()  # blocks whose tokens are wanted, restored
+    taken: list[Tensor] | None = None
+    last: int | None = None  # the last block to run; None: all
+
+
+class TokenPruning(Dynamic):
     """Mixin that gives a timm backbone its stages and a forward pass that uses them."""
 
-    pruning_loc: tuple[int, ...]
-    keep_rates: tuple[float, ...]
-    scorer: str
-    reducer: str
-    adapter: ViTAdapter
-    score_predictor: nn.ModuleList  # empty unless the scorer is the predictor
-
-    def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
-        """Share of the original patch tokens kept after each stage; ValueError if they do not fit."""
-        self.keep_rates = check_keep_rates(keep_rates, len(self.pruning_loc))
+    keeps_map, merge_streams = False, False
+    adapter: "ViTAdapter"
+    place: str  # of its stages: one of PLACES
+    score_predictor: nn.ModuleList  # empty unless the scorer is learned
 
     def tokens_kept(self, num_patches: int) -> list[int]:
         """Patch tokens left after each stage of the pruned forward pass."""
@@ -147,19 +126,24 @@ class TokenPruning:
         """The prediction from what forward returns in train mode; LV-ViT's takes in the tokens' logits."""
         return self.adapter.combine(self, logits, tokens)
 
+    @property
+    def hides(self) -> bool:
+        """Whether training hides tokens by a policy, as published, instead of removing them."""
+        return self.reducer.hides and self.scorer.log_probabilities is not None
+
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """(B, 3, H, W) images -> in training (logits, tokens, keep_mask, keep_decisions), else logits.
+        """(B, 3, H, W) images -> logits; in train mode after set_distilled_training(True) (logits, tokens, keep_mask,
+        keep_decisions).
 
         tokens: the (B, N, C) normed patch tokens, or (B, N, classes) logits for LV-ViT; those that left the tensor
         are 0, or for LV-ViT, whose prediction takes the maximum over all, copies of the best one. keep_mask: (B, N),
         the tokens kept at the end, no gradient. keep_decisions: S tensors (B, N), the policy after each stage,
         with gradient; none where tokens left the tensor.
         """
-        if not self.training:
+        if not self.training or not (self.all_outputs or self.hides):
             return self.forward_pruned(images)[0]
-        if self.scorer == "predictor" and self.reducer == "drop":
-            return self.forward_masked(images)
-        return self.forward_removed(images)
+        outputs = self.forward_masked(images) if self.hides else self.forward_removed(images)
+        return outputs if self.all_outputs else self.combine(*outputs[:2])
 
     def forward_masked(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Training of predictors that drop: the attention bias hides tokens, so that decisions get a gradient."""
@@ -169,17 +153,18 @@ class TokenPruning:
             patch_tokens = tokens.x[:, self.num_prefix_tokens :]
             ones = patch_tokens.new_ones(patch_tokens.shape[:2], dtype=torch.float32)
             policy = keep_decisions[-1] if keep_decisions else ones
-            policy = policy * sample_keep_decision(self.score_predictor[stage](patch_tokens, policy))
+            log_probs = self.scorer.log_probabilities(self.score_predictor[stage], patch_tokens, policy)
+            policy = policy * sample_keep_decision(log_probs)
             keep_decisions.append(policy)
             tokens.bias = aligned(policy_bias(policy, self.num_prefix_tokens).to(bias_dtype(tokens.x)))
 
-        tokens = self.run_blocks(images, hide)
-        logits, patch_tokens = self.adapter.outputs(self, tokens.x, weights=keep_decisions[-1])
+        tokens = self.run_blocks(images, hide, Forward([], head_alone=False))
+        logits, patch_tokens = self.adapter.outputs(self, self.norm(tokens.x), weights=keep_decisions[-1])
         return logits, patch_tokens, keep_decisions[-1].detach(), keep_decisions
 
     def forward_removed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Training by hard selection: tokens leave the tensor as they do in evaluation."""
-        tokens, stages = self.reduce_tokens(images)
+        tokens, stages = self.reduce_tokens(images, head_alone=False)
         logits, left = self.adapter.outputs(self, tokens.x, tokens.size)
         batch, num_patches = stages[0].scores.shape
         absent = left[:, :1] if self.tokens_are_logits else torch.zeros_like(left[:, :1])
@@ -193,119 +178,203 @@ class TokenPruning:
         Returns the (B, classes) logits and, per stage, the (B, K) original indices of the kept
         patches, best score first.
         """
-        tokens, stages = self.reduce_tokens(images)
+        tokens, stages = self.reduce_tokens(images, self.head_alone)
         return self.adapter.head(self, tokens.x, tokens.size), [stage.patches for stage in stages]
 
     def trace(self, images: Tensor) -> Trace:
         """forward_pruned, with the scores and with what merged into what."""
-        tokens, stages = self.reduce_tokens(images)
+        tokens, stages = self.reduce_tokens(images, self.head_alone)
         logits = self.adapter.head(self, tokens.x, tokens.size)
         kept = [stage.patches for stage in stages]
-        grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
-        return Trace(logits, kept, spread_scores(stages), trace_groups(stages), grid)
+        return Trace(logits, kept, spread_scores(stages), trace_groups(stages), self.grid(images))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images -> (B, P+K, C) normed tokens: the prefix tokens and those left at the end."""
-        return self.reduce_tokens(images)[0].x
+    @property
+    def head_alone(self) -> bool:
+        """Whether the last block computes its MLP for the prefix tokens only, all that the head reads.
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """As timm's, for what forward_features returns; where pooling needs the sizes of merged tokens it cannot."""
-        if self.reducer == "merge" and self.global_pool not in ("token", ""):
-            raise NotImplementedError(
-                "merged tokens are pooled by size, which forward_head does not know: "
-                "call the model, and reset_classifier(0) before for embeddings"
-            )
-        return super().forward_head(x, pre_logits=pre_logits)
+        Exact but for rounding. Not for published forms, whose multiply-adds are counted with all tokens, nor where
+        somebody's hook on that block waits for them.
+        """
+        last = self.blocks[-1]
+        splits = self.adapter.find_split(last) is not None and not has_hooks(last)
+        return splits and not self.scorer.published and self.adapter.reads_prefix_alone(self)
 
-    def forward_intermediates(self, *_, **__) -> None:
-        raise NotImplementedError(
-            "a dynamic model has no feature maps, as tokens leave between its blocks: "
-            "call forward_features or forward_pruned, or take the dense model"
-        )
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the images' patches."""
+        return tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
 
-    def run_blocks(self, images: Tensor, at_stage: Callable[[int, Tokens], None]) -> Tokens:
-        """The one forward loop: (B, 3, H, W) images -> their tokens after the last norm.
+    # --- every patch's feature
 
-        at_stage: called before the block of each stage, and changes the tokens in place.
+    def forward_features(self, images: Tensor, restore: str | None = None) -> Tensor:
+        """(B, 3, H, W) images -> (B, P+N, C) normed tokens, as timm's: a token for every patch.
+
+        restore: residual (each patch its group's token and what it lost by joining), copy (its group's token), or none:
+        (B, P+K, C), the tokens that are left. None takes model.restore, which is residual unless it is set.
+        """
+        tokens, run = self.restored(images, restore, frozenset(), None)
+        return self.norm(run.restorer(tokens.x, self.num_prefix_tokens) if run.restorer else tokens.x)
+
+    def restored(
+        self, images: Tensor, restore: str | None, wanted: frozenset[int], last: int | None
+    ) -> tuple[Tokens, Forward]:
+        restore = self.restore if restore is None else restore
+        if restore not in RESTORE:
+            raise ValueError(f"restore is {', '.join(RESTORE)}; got {restore!r}")
+        restorer = None if restore == "none" else Restorer(restore)
+        run = Forward([], head_alone=False, restorer=restorer, wanted=wanted, taken=[], last=last)
+        return self.run_blocks(images, self.shorten(run), run), run
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        restore: str | None = None,
+    ) -> Any:
+        """timm's, with a feature for every patch: (B, 3, H, W) images -> (final tokens, feature maps by block).
+
+        restore: residual or copy, see forward_features. Raises ValueError for blocks that do not exist, and for
+        attention masks, which a model with stages has no room for.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("a dynamic model makes its own attention masks; leave attn_mask and is_causal out")
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is NCHW or NLC, got {output_fmt!r}")
+        if (self.restore if restore is None else restore) == "none":
+            raise ValueError("feature maps need a token for every patch: restore is residual or copy")
+        try:
+            take, last = feature_take_indices(len(self.blocks), indices)
+        except AssertionError as error:
+            raise ValueError(f"blocks are 0 to {len(self.blocks) - 1}, got {indices}") from error
+        tokens, run = self.restored(x, restore, frozenset(take), last if stop_early else None)
+        taken = [self.norm(y) if norm else y for y in run.taken]
+        num_prefix = self.num_prefix_tokens
+        prefix, maps = [y[:, :num_prefix] for y in taken], [y[:, num_prefix:] for y in taken]
+        if output_fmt == "NCHW":
+            maps = [y.unflatten(1, self.grid(x)).permute(0, 3, 1, 2).contiguous() for y in maps]
+        with_prefix = return_prefix_tokens and num_prefix > 0
+        final = None if intermediates_only else self.norm(run.restorer(tokens.x, num_prefix))
+        if output_dict:
+            answer = {"image_intermediates": maps} | ({"image_intermediates_prefix": prefix} if with_prefix else {})
+            return answer if final is None else answer | {"image_features": final}
+        pairs = list(zip(maps, prefix, strict=True)) if with_prefix else maps
+        return pairs if intermediates_only else (final, pairs)
+
+    # --- the passes
+
+    def run_blocks(self, images: Tensor, at_stage: Callable[[int, Tokens], None], run: Forward) -> Tokens:
+        """The one forward loop: (B, 3, H, W) images -> their tokens after the last block.
+
+        at_stage: called at each stage, and changes the tokens in place.
         """
         choose_attention(self, images)
         tokens = self.adapter.embed(self, images)
-        for i in range(len(self.blocks)):
-            if i in self.pruning_loc:
-                at_stage(self.pruning_loc.index(i), tokens)
-            tokens.x = self.adapter.run_block(self, i, tokens)
-        tokens.x = self.norm(tokens.x)
+        depth = len(self.blocks) if run.last is None else run.last + 1
+        for i in range(depth):
+            stage = self.pruning_loc.index(i) if i in self.pruning_loc else None
+            if stage is not None and self.place == "before":
+                at_stage(stage, tokens)
+            shortcut = run.head_alone and i == len(self.blocks) - 1
+            if shortcut or (stage is not None and self.place == "inside"):
+                attention, mlp = self.adapter.halves(self, i, tokens)
+                tokens.x = self.call(attention, tokens.x)
+                if stage is not None and self.place == "inside":
+                    at_stage(stage, tokens)
+                if shortcut:
+                    tokens.x = tokens.x[:, : self.num_prefix_tokens]
+                tokens.x = self.call(mlp, tokens.x)
+            else:
+                tokens.x = self.call(self.adapter.whole(self, i, tokens), tokens.x)
+            if i in run.wanted:
+                run.taken.append(run.restorer(tokens.x, self.num_prefix_tokens))
         return tokens
 
-    def reduce_tokens(self, images: Tensor) -> tuple[Tokens, list[Stage]]:
-        """The tokens that are left after all blocks, normed, and what happened at each stage."""
-        stages = []
+    def call(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A part of a block, computed again for the backward pass where set_grad_checkpointing asks for it."""
+        keeps_all = not (self.grad_checkpointing and self.training and torch.is_grad_enabled())
+        return part(x) if keeps_all else checkpoint(part, x, use_reentrant=False)
 
-        def shorten(stage: int, tokens: Tokens) -> None:
-            scores, weights = self.score(stage, tokens)
-            num_patches = (stages[0].scores if stages else scores).shape[1]
-            reduced = self.reduce(scores, weights, self.tokens_kept(num_patches)[stage], tokens)
+    def reduce_tokens(self, images: Tensor, head_alone: bool) -> tuple[Tokens, list[Stage]]:
+        """The tokens that are left after all blocks, normed, and what happened at each stage."""
+        run = Forward([], head_alone)
+        tokens = self.run_blocks(images, self.shorten(run), run)
+        tokens.x = self.norm(tokens.x)
+        return tokens, run.stages
+
+    def shorten(self, run: Forward) -> Callable[[int, Tokens], None]:
+        """What happens at a stage where tokens leave."""
+
+        def at_stage(stage: int, tokens: Tokens) -> None:
+            look = self.look(stage, tokens)
+            scores = self.scorer(look, self.score_predictor[stage] if self.scorer.learned else None)
+            num_patches = (run.stages[0].scores if run.stages else scores.scores).shape[1]
+            size = look.sizes
+            if self.training and self.scorer.probability and self.reducer.merges:
+                # Who is kept is a hard choice without a gradient. But a token's size says how much it counts
+                # in its mean and in every attention from here on, and the probability of keeping it is a soft
+                # answer to that same question. So it takes the gradient of the size (straight through: the
+                # value stays), and the predictor learns which tokens should count for more.
+                probability = scores.scores.exp()
+                size = size * (1 + probability - probability.detach())
+            num_keep = self.tokens_kept(num_patches)[stage]
+            reduced = self.reducer(tokens.x, scores, size, num_keep, self.num_prefix_tokens)
+            if run.restorer is not None:
+                run.restorer.note(look.tokens, reduced, self.num_prefix_tokens)
             patches = reduced.kept if stage == 0 else tokens.patches.gather(1, reduced.kept)
             tokens.x, tokens.size, tokens.patches = reduced.x, reduced.size, patches
             if reduced.size is not None:
                 tokens.bias = aligned(size_bias(reduced.size, self.num_prefix_tokens).to(matmul_dtype(reduced.x)))
-            stages.append(Stage(scores, reduced, patches))
+            run.stages.append(Stage(scores.scores, reduced, patches))
 
-        return self.run_blocks(images, shorten), stages
+        return at_stage
 
-    def score(self, stage: int, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """(B, K) scores of the patch tokens that come to a stage, and their weights if they merge; None for sizes."""
-        patch_tokens = tokens.x[:, self.num_prefix_tokens :]
-        if self.scorer == "predictor":
-            return self.score_predictor[stage](patch_tokens)[..., 0], None
-        if self.scorer == "attention":
-            return self.attention_scores(stage, tokens), None
-        if self.scorer == "random":
-            return random_scores(patch_tokens), None
-        patch_tokens = patch_tokens.detach()  # as nothing here learns
-        if self.cls_token is None:
-            return distinct_scores(outlying(patch_tokens, sizes(tokens, patch_tokens)), patch_tokens), None
-        importance = self.attention_scores(stage, tokens)
-        return distinct_scores(importance, patch_tokens), importance
+    def look(self, stage: int, tokens: Tokens) -> Look:
+        """What the scorer sees: the attention is that of the block before the stage, or around it."""
+        has_class_token = self.adapter.has_class_token(self)
+        attention = []
+        if self.scorer.reads_attention(has_class_token):
+            attention = self.adapter.observed(self, observed_block(self.pruning_loc[stage], self.place), tokens)
+        return Look(tokens.x, self.num_prefix_tokens, tokens.size, has_class_token, attention)
 
-    def attention_scores(self, stage: int, tokens: Tokens) -> Tensor:
-        """(B, K) attention that the patch tokens got in the block before the stage."""
-        i = self.pruning_loc[stage] - 1
-        num_prefix = self.num_prefix_tokens
-        log_size = None if tokens.size is None else F.pad(tokens.size.log(), (num_prefix, 0))
-        scores = []
-        for attention, queries, keys in take_observed(self.blocks[i]):
-            queries, keys = queries.detach(), self.adapter.rotate(self, i, attention, keys.detach(), tokens)
-            if self.cls_token is not None:  # a prefix token, which RoPE leaves alone
-                scores.append(class_attention(queries[:, :, :1], keys, attention.scale, num_prefix, log_size))
-            else:
-                queries = self.adapter.rotate(self, i, attention, queries, tokens)
-                scores.append(received_attention(queries, keys, attention.scale, num_prefix, log_size))
-        return torch.stack(scores).mean(dim=0)
+    # --- timm's setters
 
-    def reduce(self, scores: Tensor, weights: Tensor | None, num_keep: int, tokens: Tokens) -> Reduced:
-        """Drops or merges all but the num_keep best scored patch tokens."""
-        if self.reducer == "drop":
-            return drop(tokens.x, scores, num_keep, self.num_prefix_tokens)
-        size = sizes(tokens, scores)
-        if self.training and self.scorer == "predictor":
-            # Who is kept is a hard choice without a gradient. But a token's size says how much it counts
-            # in its mean and in every attention from here on, and the probability of keeping it is a soft
-            # answer to that same question. So it takes the gradient of the size (straight through: the
-            # value stays), and the predictor learns which tokens should count for more.
-            probability = scores.exp()
-            size = size * (1 + probability - probability.detach())
-        return merge(tokens.x, scores, size, num_keep, self.num_prefix_tokens, weights)
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's; ValueError for a pooling that merged tokens cannot have."""
+        if global_pool is not None and global_pool not in POOLINGS:
+            raise ValueError(f"token reduction cannot pool by '{global_pool}'; it can by token, avg and map")
+        super().reset_classifier(num_classes, global_pool)
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None, **others: Any) -> None:
+        """As timm's, but for another patch size: those weights would be another model's."""
+        if patch_size is not None:
+            raise NotImplementedError("the patch size of a dynamic model stays: change the dense model's")
+        super().set_input_size(img_size=img_size, **others)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's: cuts the blocks behind the last wanted one, with their stages. ValueError if no stage is left."""
+        _, last = feature_take_indices(len(self.blocks), indices)
+        left = [stage for stage, loc in enumerate(self.pruning_loc) if loc <= last]
+        if not left:
+            raise ValueError(f"all stages, {self.pruning_loc}, lie behind block {last}: take the dense model")
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.pruning_loc, rates = tuple(self.pruning_loc[s] for s in left), tuple(self.keep_rates[s] for s in left)
+        self.score_predictor = self.score_predictor[: len(left)]
+        self.set_keep_rates(rates)
+        return taken
 
 
-def sizes(tokens: Tokens, like: Tensor) -> Tensor:
-    """(B, K) patches that each token stands for, float32; like: a tensor that begins with those dimensions."""
-    return like.new_ones(like.shape[:2], dtype=torch.float32) if tokens.size is None else tokens.size
-
-
-def reads_attention(vit: nn.Module, scorer: str) -> bool:
-    """Whether the scorer needs the attention of the block before the stage."""
-    return scorer == "attention" or (scorer == "distinct" and vit.cls_token is not None)
+def observed_block(loc: int, place: str) -> int:
+    """The block whose attention a stage's scorer reads."""
+    return loc - 1 if place == "before" else loc
 
 
 def spread_scores(stages: Sequence[Stage]) -> Tensor:
@@ -326,72 +395,60 @@ def trace_groups(stages: Sequence[Stage]) -> Tensor:
     groups = []
     for stage in stages:
         num_keep = stage.patches.shape[1]
-        goes_to = torch.full_like(F.pad(stage.scores, (0, 1)), num_keep, dtype=torch.long)
-        goes_to = goes_to.scatter(1, stage.reduced.kept, torch.arange(num_keep, device=place.device).expand(batch, -1))
-        if stage.reduced.joined is not None:
-            goes_to = goes_to.scatter(1, stage.reduced.others, stage.reduced.joined)
+        goes_to = stage.reduced.places(stage.scores.shape[1])
+        goes_to = F.pad(goes_to.where(goes_to >= 0, num_keep), (0, 1), value=num_keep)
         place = goes_to.gather(1, place)
         groups.append(F.pad(stage.patches, (0, 1), value=-1).gather(1, place))
     return torch.stack(groups, dim=1)
 
 
-def check_keep_rates(keep_rates: Sequence[float], num_stages: int) -> tuple[float, ...]:
-    keep_rates = tuple(float(rate) for rate in keep_rates)
-    if len(keep_rates) != num_stages:
-        raise ValueError(f"{len(keep_rates)} keep rates for {num_stages} pruning stages")
-    if not all(0 < rate <= 1 for rate in keep_rates):
-        raise ValueError(f"keep rates must lie in (0, 1], got {', '.join(map(str, keep_rates))}")
-    if list(keep_rates) != sorted(keep_rates, reverse=True):
-        raise ValueError(f"keep rates are shares of the original tokens and cannot grow, got {keep_rates}")
-    return keep_rates
-
-
-def check_stages(vit: nn.Module, pruning_loc: tuple[int, ...], scorer: str, reducer: str) -> None:
+def check_stages(vit: nn.Module, adapter: "ViTAdapter", plan: Plan) -> None:
     """Raises ValueError, with a message for the user, if the backbone cannot be reduced in this way."""
-    depth = len(vit.blocks)
-    if not pruning_loc or list(pruning_loc) != sorted(set(pruning_loc)) or not all(0 <= i < depth for i in pruning_loc):
-        raise ValueError(f"pruning stages must be ascending block numbers in 0..{depth - 1}, got {pruning_loc}")
-    for kind, name, known in (("scorer", scorer, SCORERS), ("reducer", reducer, REDUCERS)):
-        if name not in known:
-            raise ValueError(f"unknown {kind} '{name}'; known: {', '.join(known)}")
-    if isinstance(vit, TokenPruning):
-        raise ValueError("the model is dynamic already: start from the dense one, or change it by set_keep_rates")
+    depth, loc, scorer = len(vit.blocks), plan.pruning_loc, plan.scorer
+    if not loc or list(loc) != sorted(set(loc)) or not all(0 <= i < depth for i in loc):
+        raise ValueError(f"pruning stages must be ascending block numbers in 0..{depth - 1}, got {loc}")
+    if plan.place not in PLACES:
+        raise ValueError(f"a stage's place is {' or '.join(PLACES)} its block, got {plan.place!r}")
     if vit.global_pool not in POOLINGS:
         raise ValueError(f"token pruning cannot pool by '{vit.global_pool}'; it can by token, avg and map")
-    if reads_attention(vit, scorer) and pruning_loc[0] == 0:
+    if plan.place == "inside":
+        whole = [i for i in loc if adapter.find_split(vit.blocks[i]) is None]
+        if whole:
+            kind = type(vit.blocks[whole[0]]).__name__
+            raise ValueError(f"a {kind} has no place between attention and MLP: stages go before the block")
+    if plan.place == "inside" and plan.reducer.hides and scorer.log_probabilities is not None:
+        raise ValueError(f"{scorer} + {plan.reducer} is trained by hiding tokens from whole blocks: place 'before'")
+    if not scorer.reads_attention(adapter.has_class_token(vit)):
+        return
+    if observed_block(loc[0], plan.place) < 0:
         raise ValueError(f"the {scorer} scorer reads the block before a stage: the first stage must be 1 or later")
-    observed = [attention for i in pruning_loc for attention in attentions(vit.blocks[i - 1])]
-    if reads_attention(vit, scorer) and any(hasattr(attention, "lambda_init") for attention in observed):
+    observed = [attention for i in loc for attention in attentions(vit.blocks[observed_block(i, plan.place)])]
+    if any(hasattr(attention, "lambda_init") for attention in observed):
         raise ValueError("differential attention gives no scores; take the predictor or random scorer")
+    blind = [a for a in observed if not (hasattr(a, "q_norm") and hasattr(a, "k_norm") and hasattr(a, "scale"))]
+    if blind:
+        raise ValueError(
+            f"the {scorer} scorer reads queries and keys where they pass q_norm and k_norm, as in timm's attention; "
+            f"a {type(blind[0]).__name__} has none: take the outlying, predictor or random scorer"
+        )
 
 
-def make_dynamic(
-    vit: VisionTransformer | Eva,
-    pruning_loc: Sequence[int],
-    keep_rates: Sequence[float],
-    scorer: str = "predictor",
-    reducer: str = "drop",
-) -> VisionTransformer | Eva:
-    """Turns a timm backbone into a dynamic one, in place; its own weights and names stay.
-
-    timm's patch dropout and gradient checkpointing are not used any more.
-    pruning_loc: the blocks before which tokens are dropped or merged. keep_rates: share of the original
-    patch tokens kept after each. scorer: predictor (published; learned), or attention, distinct or random,
-    which need no training. reducer: drop (published) or merge. Raises ValueError if they do not fit.
-    """
-    adapter = find_adapter(vit)
-    pruning_loc = tuple(pruning_loc)
-    check_stages(vit, pruning_loc, scorer, reducer)
-    keep_rates = check_keep_rates(keep_rates, len(pruning_loc))
-    vit.__class__ = type(f"Dynamic{type(vit).__name__}", (TokenPruning, type(vit)), {})
-    vit.adapter, vit.scorer, vit.reducer = adapter, scorer, reducer
-    vit.pruning_loc = pruning_loc
-    vit.keep_rates = keep_rates
+def make_token_pruning(vit: nn.Module, adapter: "ViTAdapter", plan: Plan) -> nn.Module:
+    """Gives a sequence backbone its stages, in place; every check comes before the first change."""
+    check_own_methods(vit, TokenPruning)
+    check_stages(vit, adapter, plan)
+    keep_rates = check_keep_rates(plan.keep_rates, len(plan.pruning_loc))
+    modules = [plan.scorer.module(vit.embed_dim) for _ in plan.pruning_loc] if plan.scorer.learned else []
+    vit.__class__ = dynamic_class(TokenPruning, type(vit))
+    vit.adapter, vit.scorer, vit.reducer, vit.place = adapter, plan.scorer, plan.reducer, plan.place
+    vit.pruning_loc, vit.restore = plan.pruning_loc, "residual"
+    vit.set_keep_rates(keep_rates)
     vit.patch_drop = None
-    predictors = [Predictor(vit.embed_dim) for _ in pruning_loc] if scorer == "predictor" else []
-    vit.score_predictor = nn.ModuleList(predictors)
+    vit.built_pool, vit.built_depth = vit.global_pool, len(vit.blocks)
+    vit.score_predictor = nn.ModuleList(modules)
     vit.score_predictor.apply(init_weights_vit_timm)
-    if reads_attention(vit, scorer):
-        for i in pruning_loc:
-            observe(vit.blocks[i - 1])
+    project_by_product(vit)
+    if plan.scorer.reads_attention(adapter.has_class_token(vit)):
+        for i in plan.pruning_loc:
+            observe(vit.blocks[observed_block(i, plan.place)])
     return vit

@@ -1,7 +1,8 @@
 """Reducers shorten the sequence at a stage: drop (published) or merge the patch tokens that are not kept.
 
-Pure tensor functions that know no backbone. Shapes: B images, P prefix tokens (class token, registers),
-N patch tokens that come in, K that are kept, C channels.
+A reducer is an object with one signature, `reducer(x, scores, size, num_keep, num_prefix) -> Reduced`; REDUCERS knows
+them by name. Below them stand pure tensor functions that know no backbone, and what undoes them. Shapes: B images,
+P prefix tokens (class token, registers), N patch tokens that come in, K that are kept, C channels.
 """
 
 from contextlib import nullcontext
@@ -12,17 +13,77 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import is_autocast_available
 
-REDUCERS = ("drop", "merge")
+from . import kernels
+
+
+class Named:
+    """Scorers and reducers. One equals its name, so that `model.scorer == "distinct"` reads as it should."""
+
+    name: str
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or self.name == (other.name if isinstance(other, Named) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Scores(NamedTuple):
+    """What a scorer tells a reducer."""
+
+    scores: Tensor  # (B, N): the best ones stay
+    weights: Tensor | None = None  # (B, N) a token's weight in the mean that it becomes part of; None: its size
+    similarity: Tensor | None = None  # (B, N, N) of each token with each; None: the cosine of the tokens
 
 
 class Reduced(NamedTuple):
     """The tokens after a stage, and where those before it have gone."""
 
-    x: Tensor  # (B, P+K, C): prefix tokens, then the kept patch tokens, best score first
+    x: Tensor  # (B, P+K, C): prefix tokens, then the kept patch tokens
     kept: Tensor  # (B, K) places of the kept ones among the N
     size: Tensor | None = None  # (B, K) patches that each one stands for
-    others: Tensor | None = None  # (B, N-K) places of those that merged, and
-    joined: Tensor | None = None  # (B, N-K) which of the K they are part of now
+    place: Tensor | None = None  # (B, N) which of the K each one is part of now; None: the others are dropped
+
+    def places(self, num_tokens: int) -> Tensor:
+        """(B, N) which of the K each of the N tokens is part of, -1 for dropped ones."""
+        if self.place is not None:
+            return self.place
+        batch, num_keep = self.kept.shape
+        numbers = torch.arange(num_keep, device=self.kept.device).expand(batch, -1)
+        return self.kept.new_full((batch, num_tokens), -1).scatter(1, self.kept, numbers)
+
+
+class Reducer(Named):
+    """Base of all reducers; REDUCERS["mine"] = Mine() makes the name of your own one known everywhere."""
+
+    merges = False  # whether tokens come to stand for several patches, and attention has to be weighted by their size
+    hides = False  # whether training may hide tokens instead, as published, so that a learned scorer gets a gradient
+
+    def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
+        """(B, P+N, C) tokens, (B, N) sizes: the patches that each token stands for."""
+        raise NotImplementedError
+
+
+class Drop(Reducer):
+    name = "drop"
+    hides = True
+
+    def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
+        return drop(x, scores.scores, num_keep, num_prefix)
+
+
+class Merge(Reducer):
+    name = "merge"
+    merges = True
+
+    def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
+        return merge(x, scores.scores, size, num_keep, num_prefix, scores.weights, scores.similarity)
+
+
+REDUCERS: dict[str, Reducer] = {reducer.name: reducer for reducer in (Drop(), Merge())}
 
 
 def drop(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int) -> Reduced:
@@ -35,30 +96,93 @@ def drop(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int) -> Reduced:
 
 
 def merge(
-    x: Tensor, scores: Tensor, size: Tensor, num_keep: int, num_prefix: int, weights: Tensor | None = None
+    x: Tensor,
+    scores: Tensor,
+    size: Tensor,
+    num_keep: int,
+    num_prefix: int,
+    weights: Tensor | None = None,
+    similarity: Tensor | None = None,
 ) -> Reduced:
     """Keeps the num_keep best tokens; each other one joins the kept one that it is most similar to.
 
     (B, P+N, C) tokens, (B, N) scores, (B, N) sizes: how many patches a token stands for. A kept token
     becomes the mean of itself and those that joined it, weighted by size, so that the sum of size
     times token stays what it was; sizes add up. Prefix tokens never merge.
-    weights: (B, N), for the mean instead of the sizes.
+    weights: (B, N), for the mean instead of the sizes. similarity: (B, N, N), instead of the tokens' cosine.
     """
-    weights = size if weights is None else weights
+    if similarity is None and kernels.available(x):
+        merged, kept, merged_size, place = kernels.merge(x, scores, size, num_keep, num_prefix, weights)
+        return Reduced(merged, kept, merged_size, place)
     order = scores.argsort(dim=1, descending=True)
-    kept, others = order[:, :num_keep], order[:, num_keep:]
-    x = select_tokens(x, order, num_prefix)
-    end = num_prefix + num_keep
-    rest = x[:, end:]
-    joined = cosine_similarity(rest, x[:, num_prefix:end]).argmax(dim=-1)
-    merged_size, total = (v.gather(1, kept).scatter_add(1, joined, v.gather(1, others)) for v in (size, weights))
+    kept = order[:, :num_keep]
+    if similarity is None:
+        place = join_by_cosine(x[:, num_prefix:].detach(), order, num_keep)
+    else:
+        place = join(similarity, order, num_keep)
+    return merge_groups(x, place, kept, size, num_prefix, weights)
+
+
+def join(similarity: Tensor, order: Tensor, num_keep: int) -> Tensor:
+    """(B, N, N) similarities, (B, N) tokens, best first -> (B, N) which of the kept each token is part of."""
+    rank = ranks(order)
+    is_kept = rank < num_keep
+    nearest = similarity.masked_fill(~is_kept[:, None, :], -torch.inf).argmax(dim=-1)
+    return torch.where(is_kept, rank, rank.gather(1, nearest))
+
+
+def join_by_cosine(tokens: Tensor, order: Tensor, num_keep: int) -> Tensor:
+    """As join, from the (B, N, C) tokens: the cosines of those that are not kept with those that are."""
+    tokens = take_rows(tokens, order)
+    nearest = cosine_similarity(tokens[:, num_keep:], tokens[:, :num_keep]).argmax(dim=-1)
+    numbers = torch.arange(num_keep, device=order.device).expand(order.shape[0], -1)
+    return torch.empty_like(order).scatter(1, order, torch.cat([numbers, nearest], dim=1))
+
+
+def ranks(order: Tensor) -> Tensor:
+    """(B, N) tokens, best first -> (B, N) the place of each token in that order."""
+    numbers = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, numbers)
+
+
+def merge_groups(
+    x: Tensor, place: Tensor, kept: Tensor, size: Tensor, num_prefix: int, weights: Tensor | None = None
+) -> Reduced:
+    """Joins tokens that are in one place to their mean, weighted by weights, or by size where there are none."""
+    batch, _, channels = x.shape
+    end = num_prefix + kept.shape[1]
+    empty = size.new_zeros(kept.shape)
+    merged_size = total = empty.scatter_add(1, place, size)
+    if weights is None:
+        weights = size
+    else:
+        total = empty.scatter_add(1, place, weights)
     # Each token enters its mean by its share. Sums of size times token could leave float16's range.
-    shares = weights.gather(1, order) / torch.cat([total, total.gather(1, joined)], dim=1)
-    shares = F.pad(shares, (num_prefix, 0), value=1.0)[..., None].to(x.dtype)
-    rows = num_prefix + joined + end * torch.arange(x.shape[0], device=x.device)[:, None]
-    merged = (x * shares)[:, :end].flatten(0, 1)
-    merged = merged.index_add(0, rows.flatten(), (rest * shares[:, end:]).flatten(0, 1))
-    return Reduced(merged.unflatten(0, (-1, end)), kept, merged_size, others, joined)
+    shares = F.pad(weights / total.gather(1, place), (num_prefix, 0), value=1.0).to(x.dtype)
+    prefix = torch.arange(num_prefix, device=x.device).expand(batch, -1)
+    rows = torch.cat([prefix, place + num_prefix], dim=1)
+    parts = x * shares[..., None]
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        # torch's older exporter writes an index_add that forgets repeated rows (pytorch issue 111159).
+        merged = x.new_zeros(batch, end, channels).scatter_add(1, rows[..., None].expand_as(parts), parts)
+        return Reduced(merged, kept, merged_size, place)
+    rows = rows + end * torch.arange(batch, device=x.device)[:, None]
+    merged = parts.new_zeros(batch * end, channels).index_add(0, rows.flatten(), parts.flatten(0, 1))
+    return Reduced(merged.unflatten(0, (batch, end)), kept, merged_size, place)
+
+
+def unmerge(tokens: Tensor, place: Tensor) -> Tensor:
+    """(B, K, C) tokens after a stage, (B, N) places -> (B, N, C): each token's own group; 0 for dropped ones."""
+    back = take_rows(tokens, place.clamp(min=0))
+    return back * (place >= 0)[..., None]
+
+
+def lost(tokens: Tensor, merged: Tensor, place: Tensor) -> Tensor:
+    """What each of the (B, N, C) tokens was beyond what its group among the (B, K, C) merged ones became.
+
+    Added to unmerge's answer it gives the token back; of a dropped token it is all that it was.
+    """
+    return tokens - unmerge(merged, place)
 
 
 def cosine_similarity(tokens: Tensor, others: Tensor) -> Tensor:
@@ -69,13 +193,19 @@ def cosine_similarity(tokens: Tensor, others: Tensor) -> Tensor:
     device = tokens.device.type
     without_autocast = torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
     with without_autocast:
-        return F.normalize(tokens.float(), dim=-1) @ F.normalize(others.float(), dim=-1).transpose(1, 2)
+        directions = F.normalize(tokens.float(), dim=-1)
+        other_directions = directions if others is tokens else F.normalize(others.float(), dim=-1)
+        return directions @ other_directions.transpose(1, 2)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """(B, M, C), (B, K) numbers of rows -> (B, K, C)."""
+    rows = index + x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]
+    # whole rows of a matrix: many times faster than gather, which goes by single numbers
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def select_tokens(x: Tensor, kept: Tensor, num_prefix: int) -> Tensor:
     """(B, P+N, C) tokens, (B, K) indices of patch tokens -> (B, P+K, C): the prefix tokens and those."""
-    batch, length, _ = x.shape
-    prefix = torch.arange(num_prefix, device=x.device).expand(batch, -1)
-    rows = torch.cat([prefix, kept + num_prefix], dim=1) + length * torch.arange(batch, device=x.device)[:, None]
-    # whole rows of a matrix: many times faster than gather, which goes by single numbers
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+    prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
+    return take_rows(x, torch.cat([prefix, kept + num_prefix], dim=1))

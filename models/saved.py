@@ -19,14 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .factory import build_model, one_side
-from .reducers import REDUCERS
-from .spec import CheckpointError, ModelError, ModelSpec, Preprocessing, StateDict
+from .describe import data_config, describe
+from .factory import ARCHS, build_model
+from .spec import CheckpointError, ModelError, ModelSpec, StateDict
 from .version import __version__
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -35,7 +36,10 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 MAX_CONFIG_BYTES = 64 * 2**20  # a million class names
 MAX_UNSAVED_BYTES = 2**30  # of position tables, masks and the like, which a model makes by itself
 # What differs between a model that has trained or run and one that is newly built, but is no part of what it computes.
-PASSING_STATE = {"training", "fused_attn", "grad_checkpointing", "drop_prob", "p", "class_names"}
+PASSING_STATE = {
+    *("training", "fused_attn", "rests", "grad_checkpointing", "drop_prob", "p", "class_names"),
+    *("all_outputs", "restore", "built_pool", "built_depth"),
+}
 
 
 def save_pretrained(
@@ -83,8 +87,8 @@ def from_pretrained(source: str | Path, revision: str | None = None) -> nn.Modul
     spec, weights = read_saved(folder)
     model = build_model(spec)
     model.load_state_dict(weights)
-    model.data_config = data_config(model.spec)
-    model.class_names = model.spec.class_names
+    if spec.dense:  # a dynamic model has them by itself
+        model.data_config, model.class_names = data_config(model.spec), model.spec.class_names
     return model.eval()
 
 
@@ -112,19 +116,6 @@ def read_saved(folder: str | Path) -> tuple[ModelSpec, StateDict]:
     return spec, load_file(weights)
 
 
-def data_config(spec: ModelSpec) -> dict[str, Any]:
-    """Preprocessing as timm.data.create_transform takes it; input_size is (3, height, width)."""
-    size = spec.img_size if isinstance(spec.img_size, tuple) else (spec.img_size, spec.img_size)
-    how = spec.preprocessing
-    return {
-        "input_size": (3, *size),
-        "interpolation": how.interpolation,
-        "mean": how.mean,
-        "std": how.std,
-        "crop_pct": how.crop_pct,
-    }
-
-
 def config_text(spec: ModelSpec, digest: str = "", **notes: Any) -> str:
     """What config.json holds; exported files carry it, too. digest: the sum of the weights beside it."""
     content = {"model": spec.to_dict(), "sha256": digest, "dynamicvit": __version__, "notes": notes}
@@ -132,40 +123,16 @@ def config_text(spec: ModelSpec, digest: str = "", **notes: Any) -> str:
 
 
 def describe_model(model: nn.Module, class_names: Sequence[str] | None) -> ModelSpec:
-    """The spec of a model as it is now; keep rates may have been set since it was built."""
-    spec = getattr(model, "spec", None) or describe_timm_model(model)
-    if not spec.dense:
-        spec = replace(spec, keep_rates=tuple(model.keep_rates))
+    """The spec of a model as it is now, to be saved."""
+    spec = describe(model)
+    if spec.arch not in ARCHS and not timm.is_model(spec.arch):
+        raise CheckpointError(
+            f"cannot tell how this {spec.arch} was built; build it with create_model or timm.create_model"
+        )
     if class_names is not None:
         spec = replace(spec, class_names=tuple(class_names))
     check_values(spec)
     return spec
-
-
-def describe_timm_model(model: nn.Module) -> ModelSpec:
-    """Of one that timm built, made dynamic or not."""
-    config = getattr(model, "pretrained_cfg", None)
-    if not config or not config.get("architecture"):
-        raise CheckpointError(
-            f"cannot tell how this {type(model).__name__} was built; build it with create_model or timm.create_model"
-        )
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-    dynamic = {}
-    if hasattr(model, "pruning_loc"):
-        names = ["pruning_loc", "keep_rates"]
-        # fast paths take the place of a reducer, and only they can merge streams
-        names += ["scorer", "reducer"] if model.reducer in REDUCERS else ["merge_streams"]
-        dynamic = {name: getattr(model, name) for name in names}
-    return ModelSpec(
-        arch=".".join(filter(None, (config["architecture"], config.get("tag")))),
-        num_classes=model.num_classes,
-        img_size=one_side(size),
-        dense=not dynamic,
-        preprocessing=Preprocessing(
-            tuple(config["mean"]), tuple(config["std"]), config["crop_pct"], config["interpolation"]
-        ),
-        **dynamic,
-    )
 
 
 def check_rebuilds(spec: ModelSpec, model: nn.Module) -> None:

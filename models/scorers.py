@@ -1,15 +1,91 @@
 """Scorers rank the patch tokens at a stage: the higher a token's score, the longer it stays.
 
-predictor (published) is learned; attention, distinct and random have no parameters. Shapes: B images,
-P prefix tokens (class token first, then registers), N patch tokens, C channels, H heads of D channels.
+A scorer is an object with one signature, `scorer(look, module) -> Scores`; SCORERS knows them by name, and your own
+is a few lines (see Scorer). Shapes: B images, P prefix tokens (class token first, then registers), N patch tokens that
+come to the stage, C channels, H heads of D channels.
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .reducers import cosine_similarity
+from . import kernels
+from .reducers import Named, Scores, cosine_similarity
 
-SCORERS = ("predictor", "attention", "distinct", "random")
+
+class Attention(NamedTuple):
+    """What an attention module of the block that a stage belongs to has just computed with."""
+
+    queries: Tensor  # (B, H, P+N, D)
+    keys: Tensor  # (B, H or fewer, P+N, D)
+    scale: float
+    rotate: Callable[[Tensor], Tensor]  # queries or keys as they meet each other: turned where there is RoPE
+
+
+@dataclass
+class Look:
+    """What a scorer may look at."""
+
+    x: Tensor  # (B, P+N, C) all tokens
+    num_prefix: int
+    size: Tensor | None  # (B, N) patches that each token stands for, float32; None: one each
+    has_class_token: bool
+    attention: Sequence[Attention]  # empty unless the scorer reads it; several where a block has parallel ones
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, N, C) patch tokens."""
+        return self.x[:, self.num_prefix :]
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B, N) patches that each token stands for."""
+        return sizes_or_ones(self.size, self.tokens)
+
+    def mean_over_attentions(self, read: Callable[[Attention], Tensor]) -> Tensor:
+        values = [read(attention) for attention in self.attention]
+        return values[0] if len(values) == 1 else torch.stack(values).mean(dim=0)
+
+
+def sizes_or_ones(size: Tensor | None, like: Tensor) -> Tensor:
+    """(B, N) sizes; like: a tensor that begins with these dimensions."""
+    return like.new_ones(like.shape[:2], dtype=torch.float32) if size is None else size
+
+
+class Scorer(Named):
+    """Base of all scorers. Your own one:
+
+        class Norm(Scorer):
+            name = "norm"
+
+            def __call__(self, look, module):
+                return Scores(look.tokens.float().norm(dim=-1))
+
+        make_dynamic(vit, (3, 6, 9), (0.7, 0.5, 0.3), scorer=Norm(), reducer="merge")
+
+    SCORERS["norm"] = Norm() makes the name known to create_model, from_pretrained and the commands, too.
+    """
+
+    learned = False  # whether module() gives something to train
+    published = False  # its published figures come from models whose last block computes every token
+    probability = False  # whether scores are the logarithms of probabilities of being kept
+    log_probabilities: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    """Where a scorer can be trained by hiding tokens, as published: (module, (B, N, C) tokens, (B, N) policy) ->
+    (B, N, 2), channel 0 for keep."""
+
+    def module(self, dim: int) -> nn.Module | None:
+        """The parameters for one stage, for tokens of dim channels; the model keeps them as score_predictor.<stage>."""
+        return None
+
+    def reads_attention(self, has_class_token: bool) -> bool:
+        """Whether it needs Look.attention, which costs a hook on the block's queries and keys."""
+        return False
+
+    def __call__(self, look: Look, module: nn.Module | None) -> Scores:
+        raise NotImplementedError
 
 
 class Float32LogSoftmax(nn.LogSoftmax):
@@ -51,6 +127,95 @@ class Predictor(nn.Module):
         return self.out_conv(torch.cat([local_features, mean], dim=-1))
 
 
+class LearnedScorer(Scorer):
+    """The published one: a small network for each stage."""
+
+    name = "predictor"
+    learned = published = probability = True
+
+    def module(self, dim: int) -> nn.Module:
+        return Predictor(dim)
+
+    def __call__(self, look: Look, module: nn.Module) -> Scores:
+        return Scores(module(look.tokens)[..., 0])
+
+    @staticmethod
+    def log_probabilities(module: nn.Module, tokens: Tensor, policy: Tensor) -> Tensor:
+        return module(tokens, policy)
+
+
+class AttentionScorer(Scorer):
+    """The class token's attention; without a class token, the attention that a patch receives from all patches."""
+
+    name = "attention"
+
+    def reads_attention(self, has_class_token: bool) -> bool:
+        return True
+
+    def __call__(self, look: Look, module: None) -> Scores:
+        return Scores(attention_importance(look))
+
+
+class DistinctScorer(Scorer):
+    """Importance times the distance to the nearest more important token, so that of tokens that look alike one stays.
+
+    Importance is class attention; without a class token, the distance to the mean token stands in for it.
+    """
+
+    name = "distinct"
+
+    def reads_attention(self, has_class_token: bool) -> bool:
+        return has_class_token
+
+    def __call__(self, look: Look, module: None) -> Scores:
+        if not look.has_class_token:
+            return OutlyingScorer()(look, module)
+        importance = attention_importance(look)
+        return distinct(importance, look, weights=importance)
+
+
+class OutlyingScorer(Scorer):
+    """As distinct, with the distance to the mean token for importance: best where every patch's feature is wanted."""
+
+    name = "outlying"
+
+    def __call__(self, look: Look, module: None) -> Scores:
+        return distinct(outlying(look.tokens.detach(), look.sizes), look, weights=None)
+
+
+class RandomScorer(Scorer):
+    """The baseline that every other scorer has to beat."""
+
+    name = "random"
+
+    def __call__(self, look: Look, module: None) -> Scores:
+        return Scores(random_scores(look.tokens))
+
+
+SCORERS: dict[str, Scorer] = {
+    scorer.name: scorer
+    for scorer in (LearnedScorer(), AttentionScorer(), DistinctScorer(), OutlyingScorer(), RandomScorer())
+}
+
+
+def attention_importance(look: Look) -> Tensor:
+    """(B, N) attention that the patch tokens get; no gradient."""
+    log_size = None
+    if look.size is not None:
+        log_size = nn.functional.pad(look.size.detach().log(), (look.num_prefix, 0))
+
+    def from_class_token(a: Attention) -> Tensor:
+        # The class token is a prefix token, which RoPE leaves alone.
+        query, keys = a.queries[:, :, :1].detach(), a.rotate(a.keys.detach())
+        return class_attention(query, keys, a.scale, look.num_prefix, log_size)
+
+    def from_all(a: Attention) -> Tensor:
+        queries, keys = a.rotate(a.queries.detach()), a.rotate(a.keys.detach())
+        return received_attention(queries, keys, a.scale, look.num_prefix, log_size)
+
+    return look.mean_over_attentions(from_class_token if look.has_class_token else from_all)
+
+
 def class_attention(
     query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None = None
 ) -> Tensor:
@@ -59,6 +224,8 @@ def class_attention(
     (B, H, 1, D) query of the class token, (B, H, P+N, D) keys and, for tokens that have merged,
     (B, P+N) logarithms of their sizes -> (B, N) scores, float32.
     """
+    if kernels.available(keys):
+        return kernels.class_attention(query, keys, scale, num_prefix, log_size)
     return attention_weights(query, keys, scale, log_size).mean(dim=1)[:, 0, num_prefix:]
 
 
@@ -79,8 +246,8 @@ def received_attention(
 
 def attention_weights(queries: Tensor, keys: Tensor, scale: float, log_size: Tensor | None) -> Tensor:
     """(B, H, Q, D) queries, (B, H, M, D) keys -> (B, H, Q, M) attention in float32, as a block computes it."""
-    # Under grouped-query attention several queries share one key head.
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+    if keys.shape[1] != queries.shape[1]:  # under grouped-query attention several queries share one key head
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     logits = (queries * scale @ keys.transpose(-2, -1)).float()
     if log_size is not None:
         logits = logits + log_size[:, None, None]
@@ -96,18 +263,29 @@ def outlying(tokens: Tensor, size: Tensor) -> Tensor:
     return size * (1 - cosine_similarity(tokens, mean)[..., 0])
 
 
-def distinct_scores(importance: Tensor, tokens: Tensor) -> Tensor:
+def distinct(importance: Tensor, look: Look, weights: Tensor | None) -> Scores:
+    """Distinct scores of what comes to a stage, and the similarities, so that merging need not compute them again."""
+    x = look.x.detach()  # as nothing here learns
+    if kernels.available(x):
+        return Scores(kernels.distinct_scores(importance, x, look.num_prefix), weights)
+    tokens = x[:, look.num_prefix :]
+    similarity = cosine_similarity(tokens, tokens)
+    return Scores(distinct_scores(importance, tokens, similarity), weights, similarity)
+
+
+def distinct_scores(importance: Tensor, tokens: Tensor, similarity: Tensor | None = None) -> Tensor:
     """What would be lost if a token joined the nearest one that is more important.
 
-    (B, N) importance, (B, N, C) tokens -> (B, N) scores: importance times the cosine distance to the
-    most similar token of greater importance, as density peaks clustering ranks its centres (Rodriguez
-    and Laio, Science 2014). Of tokens that look alike only the most important one scores high.
+    (B, N) importance, (B, N, C) tokens -> (B, N) scores: importance times the cosine distance to the most similar
+    token of greater importance, as density peaks clustering ranks its centres (Rodriguez and Laio, Science 2014).
+    Of tokens that look alike only the most important one scores high. similarity: (B, N, N), where it is known.
     """
+    if similarity is None:
+        similarity = cosine_similarity(tokens, tokens)
     more_important = importance[:, None, :] > importance[:, :, None]
-    similarity = cosine_similarity(tokens, tokens).masked_fill(~more_important, -1.0)
-    return importance * (1 - similarity.amax(dim=-1))
+    return importance * (1 - similarity.masked_fill(~more_important, -1.0).amax(dim=-1))
 
 
 def random_scores(tokens: Tensor) -> Tensor:
-    """(B, N, C) tokens -> (B, N) random numbers: the baseline that every other scorer has to beat."""
+    """(B, N, C) tokens -> (B, N) random numbers."""
     return torch.rand(tokens.shape[:2], device=tokens.device)

@@ -9,6 +9,7 @@ channels; the last stage has L locations, C4 channels. Maps are (B, H, W, C).
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,12 @@ from timm.models import ConvNeXt, SwinTransformer, convnext, swin_transformer
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from .pruning import TokenPruning, Trace, check_keep_rates, sample_keep_decision
-from .scorers import Predictor
+from .dynamic import Dynamic, Plan, check_own_methods, dynamic_class
+from .pruning import TokenPruning, Trace, sample_keep_decision
+from .rates import arithmetic_keep_rates, as_rates
+from .reducers import REDUCERS, Reducer
+from .scorers import SCORERS, Predictor
 
-Backbone = SwinTransformer | ConvNeXt
 Swin = partial(SwinTransformer, drop_path_rate=0.0)  # timm's own default is 0.1
 STAGE = 2  # the third one, which has most of the arithmetic
 
@@ -44,11 +47,6 @@ SPATIAL_ARCHS = {
     "convnext_s": (build_convnext, sizes(96, (3, 3, 27, 3)), (3, 6, 9), "convnext_small_1k_224_ema.pth"),
     "convnext_b": (build_convnext, sizes(128, (3, 3, 27, 3)), (3, 6, 9), "convnext_base_1k_224_ema.pth"),
 }
-
-
-def arithmetic_keep_rates(base_rate: float, num_stages: int) -> tuple[float, ...]:
-    """base_rate, base_rate - 0.2, base_rate - 0.4, ... as published; ValueError where that leaves (0, 1]."""
-    return check_keep_rates([base_rate - 0.2 * stage for stage in range(num_stages)], num_stages)
 
 
 def route(order: Tensor, num_keep: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,27 +110,34 @@ class DynamicConvNeXtBlock(DynamicBlock, convnext.ConvNeXtBlock):
         return x if self.gamma is None else x * self.gamma
 
 
-class SpatialSparsification:
+class FastPath(Reducer):
+    """Stands in the place of a reducer: what is not kept stays, on a shorter way."""
+
+    name = "fast path"
+
+
+class SpatialSparsification(Dynamic):
     """Mixin that gives a Swin or a ConvNeXt its predictors and forward passes that use them."""
 
-    scorer, reducer = "predictor", "fast path"
+    scorer, reducer, place = SCORERS["predictor"], FastPath(), "before"
+    keeps_map = True
     tokens_are_logits = False
+    check_rates = staticmethod(as_rates)  # they may grow here
     combine = staticmethod(lambda logits, tokens: logits)  # what labels are compared with
     tokens_kept = TokenPruning.tokens_kept
     output_fmt = "NCHW"  # of timm's stages; a Swin has its own attribute of this name
 
-    def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
-        """Share of all locations kept by each predictor; ValueError if they do not fit."""
-        check_keep_rates(sorted(keep_rates, reverse=True), len(self.pruning_loc))  # they may grow here
-        self.keep_rates = tuple(float(rate) for rate in keep_rates)
-
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """(B, 3, H, W) images -> in training (logits, features, keep_mask, keep_decisions), else logits.
+        """(B, 3, H, W) images -> logits; in train mode after set_distilled_training(True) (logits, features, keep_mask,
+        keep_decisions).
 
         features: (B, L, C4), see split_outputs. keep_mask: (B, L) ones, as no location has left. keep_decisions:
         S tensors (B, N), 1 for kept locations, with gradient.
         """
-        return self.forward_masked(images) if self.training else self.forward_pruned(images)[0]
+        if not self.training:
+            return self.forward_pruned(images)[0]
+        outputs = self.forward_masked(images)
+        return outputs if self.all_outputs else outputs[0]
 
     def forward_pruned(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Evaluation: (B, classes) logits and, by predictor, the (B, K) locations kept, best score first."""
@@ -167,7 +172,7 @@ class SpatialSparsification:
                 keep_decisions.append(sample_keep_decision(predictor(x.flatten(1, 2))))
                 mask = keep_decisions[-1].view(mask.shape)
             kept, dropped = block.forward_streams(kept, dropped, mask)
-        logits, features = split_outputs(self, self.finish(select(kept, dropped, mask)))
+        logits, features = self.adapter.split_outputs(self, self.finish(select(kept, dropped, mask)))
         return logits, features, torch.ones_like(features[..., 0], dtype=torch.float32), keep_decisions
 
     def sparsify(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -194,6 +199,24 @@ class SpatialSparsification:
     def forward_features(self, images: Tensor) -> Tensor:
         return self.sparsify(images)[0]
 
+    def forward_intermediates(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError(
+            "a dynamic Swin or ConvNeXt gives no intermediate maps: forward_features gives the last one"
+        )
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's, but for another pooling, which a saved description could not tell."""
+        if global_pool is not None:
+            raise NotImplementedError("the pooling of a dynamic Swin or ConvNeXt stays as it is")
+        super().reset_classifier(num_classes)
+
+    def set_input_size(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("a dynamic Swin or ConvNeXt keeps its image size: build it with another img_size")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if enable:
+            raise NotImplementedError("a dynamic Swin or ConvNeXt cannot checkpoint gradients")
+
 
 class SwinSparsification(SpatialSparsification):
     stem = property(lambda self: self.patch_embed)  # by the names of timm's ConvNeXt
@@ -201,63 +224,145 @@ class SwinSparsification(SpatialSparsification):
     norm_pre = property(lambda self: self.norm)
 
 
-def split_outputs(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
-    """timm's forward_features -> logits and (B, L, C4) normed features, which student and teacher are compared on."""
-    logits = backbone.forward_head(x)
-    if isinstance(backbone, ConvNeXt):  # that norm is in its head, behind the pooling, or else in norm_pre
-        x = getattr(backbone.head, "norm", nn.Identity())(x).permute(0, 2, 3, 1)
-    return logits, x.flatten(1, 2)
+class SpatialAdapter:
+    """For one family of backbones with maps; see families.Family."""
+
+    backbone: type[nn.Module]
+    mixin: type[SpatialSparsification] = SpatialSparsification
+    filter_names = staticmethod(convnext.checkpoint_filter_fn)  # timm's, from other projects' names of weights
+    recipe = "journal"  # of the paper that the family is from
+    takes_img_size = True
+    keep_rates = staticmethod(arithmetic_keep_rates)
+
+    def stages(self, backbone: nn.Module) -> nn.Sequential:
+        return backbone.stages
+
+    def blocks(self, backbone: nn.Module) -> nn.Sequential:
+        """Those before which stages can be: the third stage's."""
+        stages = self.stages(backbone)
+        if len(stages) <= STAGE:
+            raise ValueError(f"spatial sparsification is for the third stage, and this model has {len(stages)}")
+        return stages[STAGE].blocks
+
+    def default_pruning_loc(self, backbone: nn.Module) -> tuple[int, ...]:
+        """By the paper's rule: three times early in the third stage."""
+        step = max(1, len(self.blocks(backbone)) // 9)
+        return (step, 2 * step, 3 * step)
+
+    def outputs_of(self, backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What student and teacher are compared on, of a dense model: logits and (B, L, C4) normed features."""
+        return self.split_outputs(backbone, backbone.forward_features(images))
+
+    def split_outputs(self, backbone: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """timm's forward_features -> logits and (B, L, C4) normed features."""
+        raise NotImplementedError
+
+    def extend(self, block: nn.Module) -> None:
+        """Gives a block of the third stage its fast path."""
+        raise NotImplementedError
+
+    def norm_of(self, block: nn.Module) -> nn.Module:
+        raise NotImplementedError
+
+    def make_dynamic(self, backbone: nn.Module, plan: Plan) -> nn.Module:
+        """plan.pruning_loc: the third stage's blocks with a predictor before them. plan.keep_rates: the share of all
+        its locations that each predictor keeps. plan.merge_streams: in training, when a predictor decides anew,
+        locations go on from their true values, as in evaluation; as published, one that comes back goes on from the
+        kept stream's, and the other way round. Every check comes before the first change."""
+        loc, blocks = plan.pruning_loc, self.blocks(backbone)
+        check_own_methods(backbone, self.mixin)
+        if (plan.scorer, plan.reducer, plan.place) != ("predictor", "drop", "before"):
+            raise ValueError(
+                f"a {type(backbone).__name__} needs predictor and drop before its blocks, got {plan.scorer} and "
+                f"{plan.reducer} {plan.place} them"
+            )
+        if not loc or not set(loc) <= set(range(len(blocks))) or sorted(set(loc)) != [*loc]:
+            raise ValueError(f"predictors stand before ascending blocks of 0..{len(blocks) - 1}, got {loc}")
+        keep_rates = as_rates(plan.keep_rates, len(loc))
+        backbone.__class__ = dynamic_class(self.mixin, type(backbone))
+        backbone.adapter, backbone.pruning_loc, backbone.merge_streams = self, loc, plan.merge_streams
+        backbone.keep_rates = keep_rates
+        norm = self.norm_of(blocks[0])
+        for block in blocks[loc[0] :]:
+            self.extend(block)
+            block.fast_path.to(norm.weight).apply(init_weights_vit_timm)
+        backbone.score_predictor = nn.ModuleList(Predictor(len(norm.weight), norm.eps) for _ in loc)
+        backbone.score_predictor.to(norm.weight).apply(init_weights_vit_timm)
+        return backbone
+
+    def map_published(self, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Weights by the names of the authors', Microsoft's or Facebook's files -> by ours; ours stay as they are."""
+        try:
+            weights = self.filter_names(weights, model)
+        except (AttributeError, KeyError, RuntimeError):
+            return weights  # of another model: whoever loads them will say so by name
+        mapped = {}
+        for name, value in weights.items():
+            name = name.replace("layers.2.score_predictor.", "score_predictor.").replace("fastmlp.fc1.", "fast_path.")
+            name = name.replace("fast_path_gamma", "fast_path.2.gamma")
+            is_conv = value.ndim == 4 and name.startswith("score_predictor.")  # 1 x 1, in ConvNeXt
+            mapped[name] = value.flatten(1) if is_conv else value
+        return mapped
 
 
-def third_stage_blocks(backbone: Backbone) -> nn.Sequential:
-    stages = backbone.layers if isinstance(backbone, SwinTransformer) else backbone.stages
-    if len(stages) <= STAGE:
-        raise ValueError(f"spatial sparsification is for the third stage, and this model has {len(stages)}")
-    return stages[STAGE].blocks
+class SwinAdapter(SpatialAdapter):
+    backbone = SwinTransformer
+    mixin = SwinSparsification
+    filter_names = staticmethod(swin_transformer.checkpoint_filter_fn)
+
+    def stages(self, backbone: SwinTransformer) -> nn.Sequential:
+        return backbone.layers
+
+    def norm_of(self, block: nn.Module) -> nn.Module:
+        return block.norm2
+
+    def extend(self, block: nn.Module) -> None:
+        block.__class__ = DynamicSwinBlock
+        dim, eps = len(block.norm2.weight), block.norm2.eps
+        block.fast_path = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim))
+
+    def split_outputs(self, backbone: SwinTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
+        return backbone.forward_head(x), x.flatten(1, 2)
+
+
+class ConvNeXtAdapter(SpatialAdapter):
+    backbone = ConvNeXt
+    takes_img_size = False
+
+    def norm_of(self, block: nn.Module) -> nn.Module:
+        return block.norm
+
+    def extend(self, block: nn.Module) -> None:
+        block.__class__ = DynamicConvNeXtBlock
+        dim, eps = len(block.norm.weight), block.norm.eps
+        block.fast_path = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim), LayerScale(dim, 1e-6))
+
+    def split_outputs(self, backbone: ConvNeXt, x: Tensor) -> tuple[Tensor, Tensor]:
+        # that norm is in its head, behind the pooling, or else in norm_pre
+        features = getattr(backbone.head, "norm", nn.Identity())(x).permute(0, 2, 3, 1)
+        return backbone.forward_head(x), features.flatten(1, 2)
+
+
+ADAPTERS = (SwinAdapter(), ConvNeXtAdapter())
+
+
+def adapter_of(backbone: nn.Module) -> SpatialAdapter:
+    return next(adapter for adapter in ADAPTERS if isinstance(backbone, adapter.backbone))
 
 
 def make_spatial_dynamic(
-    backbone: Backbone, pruning_loc: Sequence[int], keep_rates: Sequence[float], merge_streams: bool = False
-) -> Backbone:
-    """Turns a timm SwinTransformer or ConvNeXt dynamic, in place; its own weights and names stay.
+    backbone: nn.Module, pruning_loc: Sequence[int], keep_rates: Sequence[float], merge_streams: bool = False
+) -> nn.Module:
+    """The published model of a timm SwinTransformer or ConvNeXt, which gives its four values in train mode.
 
-    pruning_loc: the third stage's blocks with a predictor before them. keep_rates: the share of all its locations
-    that each predictor keeps. merge_streams: in training, when a predictor decides anew, locations go on from
-    their true values, as in evaluation; as published, one that comes back goes on from the kept stream's, and the
-    other way round. Raises ValueError if anything does not fit.
+    See SpatialAdapter.make_dynamic; families.make_dynamic takes these backbones, too.
     """
-    pruning_loc, blocks = tuple(pruning_loc), third_stage_blocks(backbone)
-    if not pruning_loc or not set(pruning_loc) <= set(range(len(blocks))) or sorted(set(pruning_loc)) != [*pruning_loc]:
-        raise ValueError(f"predictors stand before ascending blocks of 0..{len(blocks) - 1}, got {pruning_loc}")
-    if isinstance(backbone, SpatialSparsification):
-        raise ValueError("the model is dynamic already: start from the dense one, or change it by set_keep_rates")
-    backbone.pruning_loc, backbone.merge_streams = pruning_loc, merge_streams
-    SpatialSparsification.set_keep_rates(backbone, keep_rates)
-    is_swin = isinstance(backbone, SwinTransformer)
-    mixin, norm = (SwinSparsification, blocks[0].norm2) if is_swin else (SpatialSparsification, blocks[0].norm)
-    backbone.__class__ = type(f"Dynamic{type(backbone).__name__}", (mixin, type(backbone)), {})
-    dim, eps = len(norm.weight), norm.eps
-    for block in blocks[pruning_loc[0] :]:
-        block.__class__ = DynamicSwinBlock if is_swin else DynamicConvNeXtBlock
-        scale = [] if is_swin else [LayerScale(dim, 1e-6)]
-        block.fast_path = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim), *scale)
-        block.fast_path.to(norm.weight).apply(init_weights_vit_timm)
-    backbone.score_predictor = nn.ModuleList(Predictor(dim, eps) for _ in pruning_loc)
-    backbone.score_predictor.to(norm.weight).apply(init_weights_vit_timm)
-    return backbone
+    plan = Plan(tuple(pruning_loc), tuple(keep_rates), SCORERS["predictor"], REDUCERS["drop"], "before", merge_streams)
+    model = adapter_of(backbone).make_dynamic(backbone, plan)
+    model.set_distilled_training(True)
+    return model
 
 
-def map_published(weights: dict[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Weights by the names of the authors', Microsoft's or Facebook's files -> by ours; ours stay as they are."""
-    family = swin_transformer if isinstance(model, SwinTransformer) else convnext
-    try:
-        weights = family.checkpoint_filter_fn(weights, model)
-    except (AttributeError, KeyError, RuntimeError):
-        return weights  # of another model: whoever loads them will say so by name
-    mapped = {}
-    for name, value in weights.items():
-        name = name.replace("layers.2.score_predictor.", "score_predictor.").replace("fastmlp.fc1.", "fast_path.")
-        name = name.replace("fast_path_gamma", "fast_path.2.gamma")
-        is_conv = value.ndim == 4 and name.startswith("score_predictor.")  # 1 x 1, in ConvNeXt
-        mapped[name] = value.flatten(1) if is_conv else value
-    return mapped
+def map_published(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """See SpatialAdapter.map_published."""
+    return adapter_of(model).map_published(weights, model)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -52,6 +52,7 @@ LARGEST = {
     "mlp_ratio": 64,
     "window_size": 1024,
 }
+NEWER = ("place", "global_pool")  # fields that older versions do not know, saved only where they say something
 SIZES = tuple(name for name in LARGEST if name not in ("num_classes", "img_size"))
 
 
@@ -61,7 +62,9 @@ class ModelSpec:
 
     None stands for the architecture's own value; the spec of a model that is built has none of them
     left but class_names. sizes holds what differs from the architecture: embed_dim, depth(s), num_heads,
-    mlp_ratio, patch_size, window_size. keep_rates, if given, go before base_rate.
+    mlp_ratio, patch_size, window_size. keep_rates, if given, go before base_rate. place: of the stages, before their
+    blocks or inside. global_pool: timm's name of a pooling that reset_classifier has chosen, None for the
+    architecture's own.
     Raises ModelError where a value cannot be.
     """
 
@@ -78,6 +81,8 @@ class ModelSpec:
     merge_streams: bool = False
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
+    place: str = "before"
+    global_pool: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.arch, str) or not re.fullmatch(r"[\w.\-]+", self.arch):
@@ -95,7 +100,11 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts only, for JSON and for checkpoints."""
-        return plain(asdict(self))
+        content = plain(asdict(self))
+        for name in NEWER:
+            if content[name] == getattr(type(self), name):
+                del content[name]
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ModelSpec":
@@ -122,6 +131,12 @@ class ModelSpec:
     def as_dense(self) -> "ModelSpec":
         """The plain backbone of a dynamic model."""
         return replace(self, dense=True)
+
+
+def one_side(size: Sequence[int]) -> int | tuple[int, int]:
+    """(height, width), or one number where they are equal."""
+    height, width = size
+    return height if height == width else (height, width)
 
 
 def plain(value: Any) -> Any:

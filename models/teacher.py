@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from . import spatial
 from .factory import build_model
+from .families import family_of
 from .pretrained import StateDict, backbone_part, load_weights
-from .pruning import choose_attention, find_adapter
 from .spec import ModelSpec
 
 
@@ -27,10 +26,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.vit, spatial.Backbone):
-            return spatial.split_outputs(self.vit, self.vit.forward_features(images))
-        choose_attention(self.vit, images)
-        return find_adapter(self.vit).outputs(self.vit, self.vit.forward_features(images), weights=None)
+        return family_of(self.vit).outputs_of(self.vit, images)
 
 
 def build_teacher(spec: ModelSpec, weights: StateDict) -> Teacher:

@@ -1,50 +1,103 @@
 """timm's VisionTransformer in all its forms: DeiT, AugReg, DeiT-3, MAE, CLIP, SigLIP, DINOv2, ...
 
-An adapter tells token pruning what it cannot know of a family of backbones: how to embed images, run a
+A family's adapter tells token reduction what it cannot know of a family of backbones: how to embed images, run a
 block on the tokens that are left, read a block's queries and keys, and pool. Shapes: B images,
 P prefix tokens (class token first, then registers), N patch tokens, K of them left, C channels.
 """
 
-import math
-import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-# What a dropped token weighs in attention beside a kept one. Not 0, so that the gradient still
-# reaches its decision; the logarithm is a whole number so that bfloat16 holds it exactly.
-LOG_DROPPED_WEIGHT = -16.0
-POOLINGS = ("token", "avg", "map", "")
-
-
-@dataclass
-class Tokens:
-    """A batch on its way through the blocks."""
-
-    x: Tensor  # (B, P+K, C)
-    rope: Tensor | None = None  # rotary embeddings of all N patches, where the backbone has them
-    patches: Tensor | None = None  # (B, K) original numbers of the patches left; None: all, in order
-    size: Tensor | None = None  # (B, K) patches that each token stands for, float32; None: one each
-    bias: Tensor | None = None  # for attention, (B, 1, 1 or P+K, P+K)
+from .blocks import (
+    Split,
+    Tokens,
+    choose_attention,
+    forget_observed,
+    log_weights,
+    matmul_dtype,
+    split_block,
+    split_post_norm_block,
+    take_observed,
+)
+from .dynamic import Plan
+from .pruning import make_token_pruning
+from .rates import geometric_keep_rates
+from .scorers import Attention
 
 
 class ViTAdapter:
     """For VisionTransformer and its subclasses; the base of the other adapters."""
 
+    backbone: type[nn.Module] = VisionTransformer
+    recipe = "neurips"  # of the paper that the family is from
+    takes_img_size = True  # to be built with
+    keep_rates = staticmethod(geometric_keep_rates)
+    splits: dict[type[nn.Module], Split] = {Block: split_block, ResPostBlock: split_post_norm_block}  # noqa: RUF012
+
+    def blocks(self, vit: nn.Module) -> nn.ModuleList:
+        """Those before or inside which stages can be."""
+        return vit.blocks
+
+    def default_pruning_loc(self, vit: nn.Module) -> tuple[int, ...]:
+        """By the paper's rule: before each quarter of the blocks but the first."""
+        depth = len(vit.blocks)
+        return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
+
+    def make_dynamic(self, vit: nn.Module, plan: Plan) -> nn.Module:
+        return make_token_pruning(vit, self, plan)
+
+    def outputs_of(self, vit: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What student and teacher are compared on, of a dense model."""
+        choose_attention(vit, images)
+        return self.outputs(vit, vit.forward_features(images), weights=None)
+
+    def map_published(self, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Weights by others' names -> by timm's."""
+        return weights
+
     def embed(self, vit: VisionTransformer, images: Tensor) -> Tokens:
         """(B, 3, H, W) images -> all their tokens, with positions."""
         return Tokens(vit.norm_pre(vit._pos_embed(vit.patch_embed(images))))
 
-    def run_block(self, vit: VisionTransformer, i: int, tokens: Tokens) -> Tensor:
-        """Block i of the tokens: (B, P+K, C)."""
-        return vit.blocks[i](tokens.x, attn_mask=tokens.bias)
+    def block_arguments(self, vit: VisionTransformer, i: int, tokens: Tokens) -> dict[str, Tensor | None]:
+        """What block i is called with beside the tokens."""
+        return {"attn_mask": tokens.bias}
+
+    def whole(self, vit: VisionTransformer, i: int, tokens: Tokens) -> Callable[[Tensor], Tensor]:
+        """Block i as a function of the (B, P+K, C) tokens."""
+        block, arguments = vit.blocks[i], self.block_arguments(vit, i, tokens)
+        return lambda x: block(x, **arguments)
+
+    def find_split(self, block: nn.Module) -> Split | None:
+        """How to call a block's attention and its MLP one by one; None for a block whose parts are not known."""
+        return next((split for kind, split in self.splits.items() if type(block).forward is kind.forward), None)
+
+    def halves(self, vit: VisionTransformer, i: int, tokens: Tokens) -> tuple[Callable, Callable]:
+        """Attention and MLP of block i, each with its residual, as functions of (B, P+K, C) tokens."""
+        block, arguments = vit.blocks[i], self.block_arguments(vit, i, tokens)
+        forget_observed()  # the block's own hook does not run where its parts are called
+        return self.find_split(block)(block, lambda x: block.attn(x, **arguments))
 
     def rotate(self, vit: VisionTransformer, i: int, attention: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
         """(B, heads, P+K, D) queries or keys of block i as they meet each other; rotated where there is RoPE."""
         return x
+
+    def observed(self, vit: VisionTransformer, i: int, tokens: Tokens) -> list[Attention]:
+        """What the attention modules of block i, which has just run, have computed with."""
+        return [
+            Attention(queries, keys, attention.scale, lambda x, a=attention: self.rotate(vit, i, a, x, tokens))
+            for attention, queries, keys in take_observed(vit.blocks[i])
+        ]
+
+    def has_class_token(self, vit: VisionTransformer) -> bool:
+        return vit.cls_token is not None
+
+    def reads_prefix_alone(self, vit: VisionTransformer) -> bool:
+        """Whether the prediction needs no patch token once the last attention has run."""
+        return vit.global_pool == "token"
 
     def head(self, vit: VisionTransformer, x: Tensor, weights: Tensor | None) -> Tensor:
         """(B, P+K, C) normed tokens -> (B, classes), the prediction, or embeddings where the head was removed.
@@ -86,70 +139,3 @@ class ViTAdapter:
     def combine(self, vit: VisionTransformer, logits: Tensor, tokens: Tensor) -> Tensor:
         """The prediction from the outputs in train mode."""
         return logits
-
-
-def log_weights(weights: Tensor) -> Tensor:
-    """The logarithm that makes a weight an attention bias; finite for a weight of 0, with its gradient."""
-    return torch.log(weights.float() + math.exp(LOG_DROPPED_WEIGHT))
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products with x run in, under autocast or not."""
-    device = x.device.type
-    if device == "meta":  # shapes only, and torch does not know it for autocast
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def attentions(block: nn.Module) -> list[nn.Module]:
-    """The attention modules of a timm block; there may be several in parallel, or the block is its own."""
-    if hasattr(block, "attn"):
-        return [block.attn]
-    if hasattr(block, "attns"):
-        return [branch.attn for branch in block.attns]
-    return [block]
-
-
-# --- Queries and keys, which fused attention does not give away
-
-
-class Observed(threading.local):
-    """The queries and keys of the observed block that ran last in this thread, by attention module."""
-
-    queries: tuple[Tensor, ...] = ()
-    keys: tuple[Tensor, ...] = ()
-
-
-_observed = Observed()
-
-
-def observe(block: nn.Module) -> None:
-    """From now on the block leaves its queries and keys for take_observed.
-
-    Every attention of timm passes them through modules, q_norm and k_norm, even if those do nothing.
-    Kept by thread, not in the model, as threads may share a model.
-    """
-    block.register_forward_pre_hook(_forget)
-    for attention in attentions(block):
-        attention.q_norm.register_forward_hook(_keep_queries)
-        attention.k_norm.register_forward_hook(_keep_keys)
-
-
-def take_observed(block: nn.Module) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """Each attention module of the block that ran last, with its (B, heads, P+K, D) queries and keys."""
-    pairs = list(zip(attentions(block), _observed.queries, _observed.keys, strict=True))
-    _forget()
-    # timm's parallel block is the only one to norm before it moves the heads forward
-    return [(a, q.transpose(1, 2), k.transpose(1, 2)) if a is block else (a, q, k) for a, q, k in pairs]
-
-
-def _forget(*_) -> None:
-    _observed.queries = _observed.keys = ()
-
-
-def _keep_queries(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-    _observed.queries = (*_observed.queries, output)
-
-
-def _keep_keys(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-    _observed.keys = (*_observed.keys, output)

@@ -4,14 +4,24 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from dynamicvit.datasets import Augmentation, DataOptions, build_source
 from dynamicvit.errors import UserError
-from dynamicvit.models import ModelSpec, build_model, find_weights, gives_embeddings, load_weights, read_checkpoint
+from dynamicvit.models import (
+    SCORERS,
+    ModelSpec,
+    build_model,
+    find_weights,
+    gives_embeddings,
+    load_weights,
+    read_checkpoint,
+)
 from dynamicvit.models.factory import image_size
+from dynamicvit.models.families import family_of
 from dynamicvit.models.pretrained import StateDict, num_classes_of, read_dense_weights
 from dynamicvit.models.spec import SIZES
 from dynamicvit.options import STEPS, ModelFlags, OneLineParser, add_flags, dashed, given, setting, settings_in, take
@@ -26,7 +36,7 @@ RUN = "run"
 # Flags that say what the model is; a checkpoint says it, too.
 MODEL_FLAGS = (
     *("arch", "dense", "base_rate", "keep_rates", "pruning_loc", "input_size", "scorer", "reducer"),
-    *("merge_streams", *SIZES),
+    *("place", "merge_streams", *SIZES),
 )
 # Flags about where and how a run is executed: it may be resumed with other values of these.
 # num_classes is among them as the data tells it only later; weights that do not fit are refused anyway.
@@ -222,7 +232,7 @@ def with_flags(flags: ModelFlags, base: ModelSpec, dense: bool) -> ModelSpec:
         base = ModelSpec(flags.arch, base.base_rate, num_classes=base.num_classes)  # its sizes are another one's
     sizes = {name: one_or_tuple(getattr(flags, name)) for name in SIZES if getattr(flags, name) is not None}
     said = {"sizes": {**base.sizes, **sizes}, "dense": dense, "img_size": flags.input_size}
-    said |= {"scorer": flags.scorer, "reducer": flags.reducer, "base_rate": flags.base_rate}
+    said |= {"scorer": flags.scorer, "reducer": flags.reducer, "place": flags.place, "base_rate": flags.base_rate}
     said |= {"pruning_loc": flags.pruning_loc, "merge_streams": flags.merge_streams or None}
     spec = replace(base, **{name: value for name, value in said.items() if value is not None})
     if flags.keep_rates is not None:
@@ -240,7 +250,7 @@ def one_or_tuple(value: Any) -> Any:
 def choose_recipe(training: Mapping[str, Any], spec: ModelSpec) -> tuple[Recipe, Augmentation]:
     """The recipe that is asked for, or the model's, with the values that are given."""
     entry = RECIPES[training.get("recipe") or default_recipe(spec)]
-    values = {} if is_spatial(spec.arch) else entry.for_vits
+    values = dict(entry.for_models_of.get(paper_of(spec.arch), {}))
     own, varied = ({f.name for f in fields(kind)} for kind in (Recipe, Augmentation))
     recipe = replace(entry.recipe, **values | {name: value for name, value in training.items() if name in own})
     augmentation = {name: value for name, value in training.items() if name in varied}
@@ -249,13 +259,18 @@ def choose_recipe(training: Mapping[str, Any], spec: ModelSpec) -> tuple[Recipe,
 
 def default_recipe(spec: ModelSpec) -> str:
     """The paper's that the model is from; without predictors to train, the one without labels."""
-    if is_spatial(spec.arch):
-        return "journal"
-    return "neurips" if spec.scorer == "predictor" or spec.dense else "label-free"
+    learned = spec.scorer not in SCORERS or SCORERS[spec.scorer].learned
+    return paper_of(spec.arch) if spec.dense or learned else "label-free"
 
 
-def is_spatial(arch: str) -> bool:
-    return arch.startswith(("swin", "convnext"))
+@cache
+def paper_of(arch: str) -> str:
+    """The recipe of the paper that a family of backbones is from; of one that cannot be dynamic, the first paper's."""
+    try:
+        with torch.device("meta"):  # its kind alone is asked for
+            return family_of(build_model(ModelSpec(arch, dense=True))).recipe
+    except ValueError:  # a name that is not known is refused later, with all that is wrong
+        return "neurips"
 
 
 def settings(flags: Flags, recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:

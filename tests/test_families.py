@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import timm
 import torch
-from dynamicvit.models import Teacher, create_model, make_dynamic, pruning, vit
+from dynamicvit.models import Teacher, blocks, create_model, make_dynamic, pruning
+from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
+from dynamicvit.models.lvvit import LVViT
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
@@ -77,22 +79,41 @@ def strengthen(model: nn.Module) -> nn.Module:
 
 
 def images_for(model: nn.Module, count: int = 2) -> Tensor:
-    side = 32 if isinstance(model, pruning.LVViT) else 4 * model.patch_embed.patch_size[0]
+    side = 32 if isinstance(model, LVViT) else 4 * model.patch_embed.patch_size[0]
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def dynamic(dense: nn.Module, scorer: str, reducer: str, keep_rates: tuple[float, float] = HALF) -> nn.Module:
-    """A dynamic copy, with predictors that tell tokens apart."""
-    model = make_dynamic(copy.deepcopy(dense), STAGES, keep_rates, scorer, reducer)
+def dynamic(
+    dense: nn.Module, scorer: str, reducer: str, keep_rates: tuple[float, float] = HALF, place: str = "before"
+) -> nn.Module:
+    """A dynamic copy, with predictors that tell tokens apart, that gives all four values in train mode."""
+    model = make_dynamic(copy.deepcopy(dense), STAGES, keep_rates, scorer, reducer, place=place)
     strengthen(model.score_predictor)
+    model.set_distilled_training(True)
     return model
 
 
-@pytest.mark.parametrize(("scorer", "reducer"), [("predictor", "drop"), ("attention", "merge"), ("distinct", "merge")])
+def can_split(dense: nn.Module) -> bool:
+    return all(family_of(dense).find_split(block) is not None for block in dense.blocks)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "reducer", "place"),
+    [
+        ("predictor", "drop", "before"),
+        ("attention", "merge", "before"),
+        ("distinct", "merge", "before"),
+        ("distinct", "merge", "inside"),
+    ],
+)
 @torch.no_grad()
-def test_all_tokens_kept_is_the_dense_model(dense: nn.Module, scorer: str, reducer: str) -> None:
+def test_all_tokens_kept_is_the_dense_model(dense: nn.Module, scorer: str, reducer: str, place: str) -> None:
     images = images_for(dense)
-    model, expected = dynamic(dense, scorer, reducer, (1, 1)), dense(images)
+    if place == "inside" and not can_split(dense):
+        with pytest.raises(ValueError, match="no place between attention and MLP"):
+            dynamic(dense, scorer, reducer, (1, 1), place)
+        return
+    model, expected = dynamic(dense, scorer, reducer, (1, 1), place), dense(images)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     model.set_keep_rates(HALF)
     assert (model(images) - expected).abs().max() > 1e-3  # or else this test would see nothing
@@ -127,7 +148,7 @@ def test_dropping_equals_hiding(dense: nn.Module, monkeypatch: pytest.MonkeyPatc
     images = images_for(dense)
     model = dynamic(dense, "predictor", "drop")
     # The logits of random weights are large, so that e^-16 of a hidden token would still be seen
-    monkeypatch.setattr(vit, "LOG_DROPPED_WEIGHT", -60.0)
+    monkeypatch.setattr(blocks, "LOG_DROPPED_WEIGHT", -60.0)
     expected, kept = model.forward_pruned(images)
     decisions = iter([torch.zeros(2, 16).scatter(1, stage, 1.0) for stage in kept])
     monkeypatch.setattr(pruning, "sample_keep_decision", lambda _: next(decisions))
@@ -179,7 +200,7 @@ def test_predictors_learn(dense: nn.Module, reducer: str) -> None:
 
 def test_training_by_hard_selection(dense: nn.Module) -> None:
     images = images_for(dense)
-    width = 5 if isinstance(dense, pruning.LVViT) else 32
+    width = 5 if isinstance(dense, LVViT) else 32
     for scorer, reducer in FORMS[1:]:
         model = dynamic(dense, scorer, reducer).train()
         logits, tokens, keep_mask, keep_decisions = model(images)
@@ -220,21 +241,43 @@ def test_embeddings(dense: nn.Module) -> None:
         assert model.train()(images)[0].shape == (2, 32)
 
 
+@pytest.mark.parametrize("place", ["before", "inside"])
 @torch.no_grad()
-def test_never_dense_in_silence(dense: nn.Module) -> None:
+def test_every_patch_has_a_feature(dense: nn.Module, place: str) -> None:
+    """timm's own doors give what the dense model's give, in its shapes; with all tokens kept, in its values."""
+    if place == "inside" and not can_split(dense):
+        return
     images = images_for(dense)
-    model = dynamic(dense, "attention", "merge")
-    features = model.forward_features(images)
-    assert features.shape == (2, model.num_prefix_tokens + 8, 32)
-    if model.global_pool == "token":
-        torch.testing.assert_close(model.forward_head(features), model(images))
-    else:
-        with pytest.raises(NotImplementedError, match="by size"):
-            model.forward_head(features)
-    with pytest.raises(NotImplementedError, match="no feature maps"):
-        model.forward_intermediates(images)
-    model.reset_classifier(0)
-    assert model(images).shape == (2, 32)
+    model = dynamic(dense, "outlying", "merge", (1, 1), place)
+    expected, (final, maps) = dense.forward_features(images), dense.forward_intermediates(images, 3, norm=True)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(model.forward_features(images), expected, **close)
+    torch.testing.assert_close(model.forward_head(model.forward_features(images)), model(images), **close)
+    answer, answer_maps = model.forward_intermediates(images, 3, norm=True)
+    torch.testing.assert_close(answer, final, **close)
+    for ours, theirs in zip(answer_maps, maps, strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+    model.set_keep_rates(HALF)
+    copies, restored = (model.forward_features(images, restore=restore) for restore in ("copy", "residual"))
+    assert copies.shape == restored.shape == expected.shape
+    assert model.forward_features(images, restore="none").shape[1] == model.num_prefix_tokens + 8
+    num_patches = [len(image.unique(dim=0)) for image in copies[:, model.num_prefix_tokens :]]
+    assert num_patches == [8, 8] and len(restored[0].unique(dim=0)) == restored.shape[1]
+    some = model.forward_intermediates(images, [0, 2], intermediates_only=True)
+    for ours, theirs in zip(some, maps[:2], strict=True):
+        assert ours.shape == theirs.shape and ours.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_dropped_token_keeps_what_it_was(dense: nn.Module) -> None:
+    images = images_for(dense)
+    model = dynamic(dense, "predictor", "drop")
+    before = dense.forward_intermediates(images, [0], output_fmt="NLC", intermediates_only=True)[0]
+    after = model.forward_intermediates(images, [1], output_fmt="NLC", intermediates_only=True)[0]
+    _, (kept, _) = model.forward_pruned(images)
+    left = torch.ones(2, 16).scatter(1, kept, 0.0).bool()
+    torch.testing.assert_close(after[left], before[left], rtol=1e-4, atol=1e-4)
+    assert (after[~left] - before[~left]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -257,9 +300,7 @@ def test_one_graph(family: str, scorer: str) -> None:
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(
-        ValueError, match="VisionTransformer, Eva, SwinTransformer and ConvNeXt can be dynamic, and this is a ResNet"
-    ):
+    with pytest.raises(ValueError, match="ConvNeXt, Eva, LVViT, SwinTransformer, VisionTransformer; this is a ResNet"):
         make_dynamic(timm.create_model("resnet18"), STAGES, HALF)
 
 

@@ -1,5 +1,6 @@
 """Who learns how fast, from which images and labels: against the formulas of the paper and of DeiT."""
 
+import copy
 import math
 import multiprocessing
 import os
@@ -9,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.multiprocessing as mp
 from dynamicvit.datasets import Augmentation
 from dynamicvit.engine import accumulate_gradients, unwrap, update_weights
-from dynamicvit.models import ModelSpec, Teacher, create_model
+from dynamicvit.models import ModelSpec, Teacher, create_model, make_dynamic
 from dynamicvit.optim import (
     BACKBONE,
     PREDICTOR,
@@ -354,7 +356,7 @@ MINE = Entry(
     ),
     Augmentation(reprob=0.0, aa="none"),
     Expected("none", "a toaster", "0.01", "bread", "measured"),
-    for_vits={"token_weight": 0.25},
+    for_models_of={"neurips": {"token_weight": 0.25}},
 )
 
 
@@ -386,6 +388,21 @@ def test_a_fourth_recipe_is_one_entry(mine: None) -> None:
         set_rates(trainer.optimizer, rates_now)
         step(trainer)
         assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == expected
+
+
+def test_models_of_make_dynamic_train_by_a_recipe() -> None:
+    """They answer with logits in their owner's loop; our trainer asks them for what its losses need."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=4)
+    teacher = Teacher(copy.deepcopy(backbone))
+    model = make_dynamic(backbone, (1, 2), (0.7, 0.5), scorer="distinct", reducer="merge")
+    chosen = build_recipe("label-free", distill=True, batch_size=4, amp="off")
+    trainer = build_trainer_of(chosen, model, teacher, torch.device("cpu"), Augmentation(reprob=0), 2)
+    set_rates(trainer.optimizer, {PREDICTOR: 1e-2, BACKBONE: 1e-2})
+    before = model.head.weight.detach().clone()
+    step(trainer)
+    assert not torch.equal(model.head.weight, before)
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
 @pytest.mark.parametrize("name", ["neurips", "journal", "label-free"])

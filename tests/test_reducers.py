@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dynamicvit.models.pruning import size_bias
-from dynamicvit.models.reducers import cosine_similarity, drop, merge
+from dynamicvit.models.reducers import REDUCERS, Scores, cosine_similarity, drop, lost, merge, unmerge
 from torch import Tensor
 
 # Two prefix tokens, then four patch tokens of two channels
@@ -29,8 +29,7 @@ def test_merge_by_hand() -> None:
     size = torch.tensor([[1.0, 2.0, 3.0, 1.0]])
     reduced = merge(TOKENS, SCORES, size, num_keep=2, num_prefix=2)
     assert reduced.kept.tolist() == [[1, 0]]
-    assert reduced.others.tolist() == [[2, 3]]
-    assert reduced.joined.tolist() == [[1, 0]]  # 2 joins the second of the kept ones, 3 the first
+    assert reduced.place.tolist() == [[1, 0, 1, 0]]  # 2 joins the second of the kept ones, 3 the first
     assert reduced.size.tolist() == [[2 + 1, 1 + 3]]
     first, second = [0, (2 * 6 + 1 * 3) / 3], [(1 * 4 + 3 * 2) / 4, 3 * 1.5 / 4]
     torch.testing.assert_close(reduced.x, torch.tensor([[*PREFIX, first, second]]))
@@ -59,7 +58,7 @@ def test_nothing_is_lost_over_many_stages(num_prefix: int) -> None:
     prefix, total = x[:, :num_prefix], x[:, num_prefix:].sum(dim=1)
     for num_keep in (40, 21, 20, 3, 1):
         scores = random_tokens(3, x.shape[1] - num_prefix)
-        x, _, size, _, _ = merge(x, scores, size, num_keep, num_prefix)
+        x, _, size, _ = merge(x, scores, size, num_keep, num_prefix)
         assert x.shape == (3, num_prefix + num_keep, 8) and size.shape == (3, num_keep)
         assert torch.equal(size.sum(dim=1), torch.full((3,), 49.0))
         torch.testing.assert_close((x[:, num_prefix:] * size[..., None]).sum(dim=1), total)
@@ -79,7 +78,7 @@ def test_images_do_not_mix() -> None:
     for b in range(4):
         alone = merge(x[b : b + 1], scores[b : b + 1], torch.ones(1, 9), num_keep=4, num_prefix=1)
         torch.testing.assert_close(together.x[b : b + 1], alone.x)
-        assert torch.equal(together.joined[b : b + 1], alone.joined)
+        assert torch.equal(together.place[b : b + 1], alone.place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -113,3 +112,32 @@ def test_sizes_and_shares_pass_gradients_on() -> None:
     reduced = merge(TOKENS, SCORES, size, num_keep=2, num_prefix=2)
     reduced.x[..., 1].sum().backward()
     assert (size.grad[0] != 0).all()  # of the tokens that joined too
+
+
+def test_known_similarities_decide_who_joins_whom() -> None:
+    """As without them where they are the tokens' cosines, and otherwise where they say so."""
+    x, scores, size = random_tokens(2, 13, 8), random_tokens(2, 12), torch.ones(2, 12)
+    plain = merge(x, scores, size, num_keep=5, num_prefix=1)
+    patches = x[:, 1:]
+    told = merge(x, scores, size, num_keep=5, num_prefix=1, similarity=cosine_similarity(patches, patches))
+    assert torch.equal(told.place, plain.place)
+    torch.testing.assert_close(told.x, plain.x)
+    similarity = torch.zeros(1, 4, 4)
+    similarity[0, 2, 1] = similarity[0, 3, 0] = 1.0
+    assert merge(TOKENS, SCORES, size[:1, :4], 2, 2, similarity=similarity).place.tolist() == [[1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("reducer", ["drop", "merge"])
+def test_what_is_lost_gives_each_token_back(reducer: str) -> None:
+    """A patch's group and what it lost by joining are the patch; of a dropped one it is all."""
+    x, scores = random_tokens(2, 11, 8), random_tokens(2, 9)
+    reduced = REDUCERS[reducer](x, Scores(scores), torch.ones(2, 9), 4, 2)
+    place, patches, merged = reduced.places(9), x[:, 2:], reduced.x[:, 2:]
+    torch.testing.assert_close(unmerge(merged, place) + lost(patches, merged, place), patches)
+    copies = unmerge(merged, place)
+    for b in range(2):
+        for i in range(9):
+            group = place[b, i]
+            expected = merged[b, group] if group >= 0 else torch.zeros(8)
+            assert torch.equal(copies[b, i], expected)
+    assert (place < 0).any() == (reducer == "drop")

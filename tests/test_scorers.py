@@ -115,7 +115,7 @@ def test_model_scores_by_the_block_before_the_stage(reducer: str) -> None:
         assert torch.equal(trace.kept[stage], best)
 
 
-@pytest.mark.parametrize("scorer", ["attention", "distinct", "random"])
+@pytest.mark.parametrize("scorer", ["attention", "distinct", "outlying", "random"])
 def test_scorers_without_parameters(scorer: str) -> None:
     dense = create_model("deit_small", dense=True, **TINY)
     model = create_model("deit_small", scorer=scorer, pruning_loc=(1,), **TINY)
@@ -134,7 +134,10 @@ def test_published_form_is_the_default() -> None:
     [
         ({"scorer": "attention", "pruning_loc": (0, 2)}, "first stage must be 1 or later"),
         ({"scorer": "distinct", "pruning_loc": (0, 2)}, "the distinct scorer reads"),
-        ({"scorer": "attentive"}, "unknown scorer 'attentive'; known: predictor, attention, distinct, random"),
+        (
+            {"scorer": "attentive"},
+            "unknown scorer 'attentive'; known: predictor, attention, distinct, outlying",
+        ),
         ({"reducer": "melt"}, "unknown reducer 'melt'; known: drop, merge"),
     ],
 )

@@ -15,10 +15,10 @@ from dynamicvit.models import Teacher, spatial
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.spatial import (
     SPATIAL_ARCHS,
+    adapter_of,
     arithmetic_keep_rates,
     make_spatial_dynamic,
     map_published,
-    split_outputs,
 )
 from timm.models import SwinTransformer
 from torch import Tensor, nn
@@ -367,7 +367,7 @@ def test_any_swin_or_convnext_of_timm(name: str) -> None:
     dense = strengthen(timm.create_model(name, num_classes=5, **TIMM_MODELS[name]))
     images = random_images((TIMM_MODELS[name].get("img_size", 64),) * 2, count=2)
     with torch.no_grad():
-        expected, teacher_features = split_outputs(dense, dense.forward_features(images))
+        expected, teacher_features = adapter_of(dense).outputs_of(dense, images)
         dynamic = make_spatial_dynamic(copy.deepcopy(dense), STAGES, (1, 1, 1)).eval()
         torch.testing.assert_close(dynamic(images), expected, rtol=1e-3, atol=1e-3)
     dynamic.set_keep_rates(RATES)

@@ -15,7 +15,7 @@ from PIL import Image
 
 CPU = torch.device("cpu")
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "pruning_loc": (1, 2, 3)}
-NAMES = [f"{scorer} + {reducer}" for scorer in ("untrained", *SCORERS[1:]) for reducer in REDUCERS] + ["ToMe"]
+NAMES = [f"{scorer} + {reducer}" for scorer in ("untrained", *list(SCORERS)[1:]) for reducer in REDUCERS] + ["ToMe"]
 
 
 def small_model(arch: str = "deit_tiny", num_classes: int = 5, **changes: object) -> torch.nn.Module:

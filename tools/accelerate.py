@@ -52,8 +52,9 @@ from dynamicvit.models import (
     read_checkpoint,
     save_pretrained,
 )
-from dynamicvit.models.flops import LOWEST_RATE, dense_and_dynamic_gflops, solve_keep_rates
+from dynamicvit.models.costs import dense_and_dynamic_gflops, solve_keep_rates
 from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
+from dynamicvit.models.stages import LOWEST_RATE
 from dynamicvit.optim import Trainer, build_trainer, pick_amp, precision_name
 from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from dynamicvit.recipe import Recipe, build_augmentation, build_recipe

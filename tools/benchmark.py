@@ -27,7 +27,8 @@ from dynamicvit.engine import accumulate_gradients, autocast, copy_statistics, u
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import ImageFiles, list_images
 from dynamicvit.models import ModelError, ModelSpec, Teacher, build_model
-from dynamicvit.models.flops import count_gflops, gflops_of, solve_keep_rates
+from dynamicvit.models.costs import solve_keep_rates
+from dynamicvit.models.flops import count_gflops, gflops_of
 from dynamicvit.optim import AMP_DTYPES, build_trainer
 from dynamicvit.options import KEEP_RATE, POSITIVE, OneLineParser, number
 from dynamicvit.recipe import build_augmentation, build_recipe

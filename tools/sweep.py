@@ -36,7 +36,7 @@ from dynamicvit.engine import autocast
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.losses import kl_divergence
 from dynamicvit.models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model, gives_embeddings
-from dynamicvit.models.factory import default_keep_rates
+from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.pruning import TokenPruning, choose_attention
 from dynamicvit.optim import AMP_DTYPES, pick_amp, precision_name
@@ -147,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
 
 def check_rate(model: nn.Module, base_rate: float) -> None:
     try:
-        default_keep_rates(model, base_rate, len(model.pruning_loc))
+        family_of(model).keep_rates(base_rate, len(model.pruning_loc))
     except ValueError as error:
         raise UserError(f"--base-rates {base_rate}: {error}") from error
 
@@ -207,10 +207,10 @@ def set_base_rate(models: dict[str, nn.Module], base_rate: float, spec: ModelSpe
     """ToMe has no rate: it gets the r whose GFLOPs are nearest to those of dropping tokens at random."""
     for model in models.values():
         if hasattr(model, "set_keep_rates"):
-            model.set_keep_rates(default_keep_rates(model, base_rate, len(model.pruning_loc)))
+            model.set_keep_rates(family_of(model).keep_rates(base_rate, len(model.pruning_loc)))
     if "ToMe" in models:
         reference = build_model(replace(spec, scorer="random", reducer="drop"))
-        reference.set_keep_rates(default_keep_rates(reference, base_rate, len(spec.pruning_loc)))
+        reference.set_keep_rates(family_of(reference).keep_rates(base_rate, len(spec.pruning_loc)))
         models["ToMe"].r = nearest_r(models["ToMe"], count_gflops(reference, spec.img_size), spec.img_size)
 
 

@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from dynamicvit.models.pruning import choose_attention, find_adapter, select_tokens, size_bias
+from dynamicvit.models.blocks import choose_attention, matmul_dtype, observe, take_observed
+from dynamicvit.models.families import family_of
+from dynamicvit.models.pruning import select_tokens, size_bias
 from dynamicvit.models.reducers import cosine_similarity
-from dynamicvit.models.vit import matmul_dtype, observe, take_observed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class ToMe(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, classes) logits."""
-        vit, adapter = self.vit, find_adapter(self.vit)
+        vit, adapter = self.vit, family_of(self.vit)
         choose_attention(vit, images)
         num_prefix = vit.num_prefix_tokens
         x = adapter.embed(vit, images).x

@@ -1,0 +1,66 @@
+"""What a described model costs in multiply-adds, and the description that costs no more than so many."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .describe import describe
+from .factory import build_model
+from .families import family_of
+from .flops import count_gflops
+from .reducers import REDUCERS
+from .scorers import SCORERS
+from .spec import ModelError, ModelSpec
+from .stages import BISECTIONS, FOR_SPEED, LOWEST_RATE, choose, geometric_keep_rates
+
+
+def dense_and_dynamic_gflops(model: nn.Module) -> dict[str, float]:
+    """By "dense" and, unless it is dense itself, "dynamic", at the model's own image size."""
+    spec = describe(model)
+    with torch.device("meta"):
+        dense = build_model(spec.as_dense())
+    gflops = {"dense": count_gflops(dense, spec.img_size)}
+    return gflops if spec.dense else gflops | {"dynamic": count_gflops(model, spec.img_size)}
+
+
+def choose_stages(
+    spec: ModelSpec,
+    speedup: float,
+    *,
+    scorer: str = FOR_SPEED.scorer,
+    reducer: str = FOR_SPEED.reducer,
+    place: str | None = None,
+    pruning_loc: Sequence[int] | None = None,
+) -> ModelSpec:
+    """The description of a dense model -> that of one that needs so many times fewer multiply-adds.
+
+    Where stages are and how many tokens they keep is stages.choose's rule. Raises ModelError for a speed-up that would
+    leave too few tokens, and for a model without transformer blocks.
+    """
+    with torch.device("meta"):
+        model = build_model(replace(spec, dense=True))
+    try:
+        plan = choose(model, family_of(model), speedup, SCORERS[scorer], REDUCERS[reducer], place, pruning_loc)
+    except ValueError as error:
+        raise ModelError(f"{spec.arch}: {error}") from error
+    chosen = {"pruning_loc": plan.pruning_loc, "keep_rates": plan.keep_rates, "place": plan.place}
+    return replace(model.spec, dense=False, scorer=scorer, reducer=reducer, **chosen)
+
+
+def solve_keep_rates(spec: ModelSpec, gflops: float, fewest: float = 0.0) -> tuple[float, ...]:
+    """Rates of a spec's stages, each keeping the same share of its tokens, at which it costs at most so many GFLOPs.
+
+    That share is LOWEST_RATE at least, even if this costs more. fewest: the share of all tokens that is kept in
+    any case.
+    """
+    num_stages = len(spec.pruning_loc)
+    with torch.device("meta"):
+        model = build_model(replace(spec, keep_rates=(1.0,) * num_stages))
+    low, high = LOWEST_RATE, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        model.set_keep_rates(geometric_keep_rates(middle, num_stages, fewest))
+        low, high = (middle, high) if count_gflops(model, model.spec.img_size) <= gflops else (low, middle)
+    return geometric_keep_rates(low, num_stages, fewest)

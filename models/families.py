@@ -1,0 +1,109 @@
+"""The families of backbones that can be dynamic. All that differs between them is in their adapters.
+
+An adapter has: backbone (the class that it is for), recipe (of the paper that the family is from), blocks(model) (those
+that stages can stand before), default_pruning_loc(model), keep_rates(base_rate, num_stages), make_dynamic(model, plan),
+outputs_of(model, images) (what a teacher gives), map_published(weights, model).
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .dynamic import Plan
+from .eva import EvaAdapter
+from .lvvit import LVViTAdapter
+from .reducers import REDUCERS, Reducer
+from .scorers import SCORERS, Scorer
+from .spatial import ADAPTERS, SpatialAdapter
+from .stages import FOR_SPEED, choose
+from .vit import ViTAdapter
+
+Family = ViTAdapter | SpatialAdapter
+# The first that fits: LVViT is a VisionTransformer too.
+FAMILIES: list[Family] = [LVViTAdapter(), EvaAdapter(), *ADAPTERS, ViTAdapter()]
+
+
+def family_of(backbone: nn.Module) -> Family:
+    """The adapter of the backbone's family. Raises ValueError for an unknown one."""
+    for family in FAMILIES:
+        if isinstance(backbone, family.backbone):
+            return family
+    known = ", ".join(sorted({family.backbone.__name__ for family in FAMILIES}))
+    raise ValueError(f"only these can be dynamic: {known}; this is a {type(backbone).__name__}")
+
+
+def make_dynamic(
+    backbone: nn.Module,
+    pruning_loc: Sequence[int] | None = None,
+    keep_rates: Sequence[float] | None = None,
+    scorer: str | Scorer | None = None,
+    reducer: str | Reducer | None = None,
+    merge_streams: bool = False,
+    *,
+    place: str | None = None,
+    speedup: float | None = None,
+) -> nn.Module:
+    """Makes a trained timm backbone dynamic, in place; its own weights and names stay.
+
+    backbone: a VisionTransformer, Eva, SwinTransformer or ConvNeXt (the latter two by predictors and fast paths alone,
+    see spatial; only these have merge_streams). Either `make_dynamic(vit, speedup=1.6)`: stages and rates are chosen
+    so that the model needs so many times fewer multiply-adds (arithmetic; nothing is measured, as `tools.accelerate
+    --speedup` does), by distinct + merge inside the blocks. Or by hand. pruning_loc: the blocks before which tokens are
+    reduced, or inside which with place="inside", between attention and MLP. keep_rates: the share of the original
+    patch tokens kept after each of these stages. scorer: predictor (published; learned), or attention, distinct,
+    outlying or random, which need no training; reducer: drop (published) or merge; or objects of your own.
+
+    The model answers with logits, in train mode too, as the backbone did; set_distilled_training(True) makes it give
+    what this project's losses need. timm's patch dropout is not used any more. Raises ValueError, before anything is
+    changed, if anything does not fit.
+    """
+    family = family_of(backbone)
+    chosen_by_hand = {"pruning_loc": pruning_loc, "keep_rates": keep_rates}
+    if speedup is None:
+        missing = [name for name, value in chosen_by_hand.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"make_dynamic needs speedup=1.6, or pruning_loc and keep_rates; no {missing[0]} was given"
+            )
+        if not isinstance(keep_rates, Sequence) and not hasattr(keep_rates, "__len__"):
+            rates = family.keep_rates(keep_rates, len(pruning_loc))
+            raise ValueError(f"keep_rates needs a share of all tokens for each stage; {keep_rates} would be {rates}")
+        plan = Plan(
+            as_blocks(pruning_loc),
+            tuple(keep_rates),
+            find(scorer or "predictor", SCORERS, Scorer),
+            find(reducer or "drop", REDUCERS, Reducer),
+            place or "before",
+            merge_streams,
+        )
+        return family.make_dynamic(backbone, plan)
+    if keep_rates is not None:
+        raise ValueError("give speedup, which chooses the rates, or keep_rates")
+    scorer = find(scorer or FOR_SPEED.scorer, SCORERS, Scorer)
+    reducer = find(reducer or FOR_SPEED.reducer, REDUCERS, Reducer)
+    loc = None if pruning_loc is None else as_blocks(pruning_loc)
+    return family.make_dynamic(backbone, choose(backbone, family, speedup, scorer, reducer, place, loc))
+
+
+def as_blocks(pruning_loc: Sequence[int]) -> tuple[int, ...]:
+    """Plain integers; numpy's are as good. ValueError for anything else."""
+    try:
+        numbers = tuple(int(i) for i in pruning_loc)
+        if any(number != i for number, i in zip(numbers, pruning_loc, strict=True)):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"pruning_loc needs the numbers of blocks, got {pruning_loc}") from error
+    return numbers
+
+
+def find(wanted: str | Scorer | Reducer, known: dict, kind: type) -> Scorer | Reducer:
+    """An object by its name; one of the user's own becomes known by its name, so that the model can be built again."""
+    if isinstance(wanted, str):
+        if wanted not in known:
+            raise ValueError(f"unknown {kind.__name__.lower()} '{wanted}'; known: {', '.join(known)}")
+        return known[wanted]
+    if not isinstance(wanted, kind) or not isinstance(getattr(wanted, "name", None), str):
+        raise ValueError(f"a {kind.__name__.lower()} is a name or a {kind.__name__} with a name, got {wanted!r}")
+    if type(known.setdefault(wanted.name, wanted)) is not type(wanted):
+        raise ValueError(f"another {kind.__name__.lower()} is called '{wanted.name}'; give yours a name of its own")
+    return wanted

@@ -1,0 +1,5 @@
+"""Stands in until the fused kernels land."""
+
+
+def available(x) -> bool:
+    return False
