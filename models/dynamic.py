@@ -84,12 +84,13 @@ class Dynamic:
     def __prepare_scriptable__(self) -> None:
         raise NotImplementedError("torch.jit.script cannot take a dynamic model: use torch.export, or torch.jit.trace")
 
-    def __call__(self, images: Tensor, *arguments: Any, **named: Any) -> Any:
+    @staticmethod
+    def refuse_tracing(images: Tensor) -> None:
+        """One line for torch.fx and what is built on it, which would fail somewhere inside."""
         if isinstance(images, torch.fx.Proxy):
             raise NotImplementedError(
                 "torch.fx cannot trace a dynamic model, whose passes depend on its settings: use forward_intermediates"
             )
-        return super().__call__(images, *arguments, **named)
 
 
 @functools.cache

@@ -140,6 +140,7 @@ class TokenPruning(Dynamic):
         the tokens kept at the end, no gradient. keep_decisions: S tensors (B, N), the policy after each stage,
         with gradient; none where tokens left the tensor.
         """
+        self.refuse_tracing(images)
         if not self.training or not (self.all_outputs or self.hides):
             return self.forward_pruned(images)[0]
         outputs = self.forward_masked(images) if self.hides else self.forward_removed(images)

@@ -83,7 +83,19 @@ class Merge(Reducer):
         return merge(x, scores.scores, size, num_keep, num_prefix, scores.weights, scores.similarity)
 
 
-REDUCERS: dict[str, Reducer] = {reducer.name: reducer for reducer in (Drop(), Merge())}
+class MergeKeepingLength(Merge):
+    """Merge, and give each token the mean length of those in it: tokens that point different ways have a short mean,
+    which the next blocks, that add to it, would change too much (after Token Fusion's MLERP, arXiv 2312.01026)."""
+
+    name = "merge_length"
+
+    def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
+        reduced = super().__call__(x, scores, size, num_keep, num_prefix)
+        weights = size if scores.weights is None else scores.weights
+        return reduced._replace(x=with_mean_length(reduced.x, x, reduced.place, weights, num_prefix))
+
+
+REDUCERS: dict[str, Reducer] = {reducer.name: reducer for reducer in (Drop(), Merge(), MergeKeepingLength())}
 
 
 def drop(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int) -> Reduced:
@@ -169,6 +181,16 @@ def merge_groups(
     rows = rows + end * torch.arange(batch, device=x.device)[:, None]
     merged = parts.new_zeros(batch * end, channels).index_add(0, rows.flatten(), parts.flatten(0, 1))
     return Reduced(merged.unflatten(0, (batch, end)), kept, merged_size, place)
+
+
+def with_mean_length(merged: Tensor, x: Tensor, place: Tensor, weights: Tensor, num_prefix: int) -> Tensor:
+    """(B, P+K, C) merged tokens with the mean length, by the (B, N) weights, of the (B, P+N, C) tokens in each."""
+    lengths = torch.linalg.vector_norm(x[:, num_prefix:], dim=-1, dtype=torch.float32)
+    empty = weights.new_zeros(merged.shape[0], merged.shape[1] - num_prefix)
+    wanted = empty.scatter_add(1, place, weights * lengths) / empty.scatter_add(1, place, weights)
+    lengths = torch.linalg.vector_norm(merged[:, num_prefix:], dim=-1, dtype=torch.float32)
+    factor = F.pad(wanted / lengths.clamp(min=1e-12), (num_prefix, 0), value=1.0)
+    return merged * factor[..., None].to(merged.dtype)
 
 
 def unmerge(tokens: Tensor, place: Tensor) -> Tensor:

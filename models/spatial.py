@@ -134,6 +134,7 @@ class SpatialSparsification(Dynamic):
         features: (B, L, C4), see split_outputs. keep_mask: (B, L) ones, as no location has left. keep_decisions:
         S tensors (B, N), 1 for kept locations, with gradient.
         """
+        self.refuse_tracing(images)
         if not self.training:
             return self.forward_pruned(images)[0]
         outputs = self.forward_masked(images)
