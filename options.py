@@ -76,7 +76,7 @@ def add_flags(parser: "OneLineParser", kind: type, defaults: Mapping[str, Any] |
     for f in settings_in(kind):
         values = {name: getattr(instance, f.name) for name, instance in (defaults or {"": kind}).items()}
         arguments = {"dest": f.name, "default": None, "help": f.metadata["help"] + default_text(f, values)}
-        parser.group(f.metadata["group"]).add_argument(flag_of(f.name), **arguments, **word_reader(f, bool(defaults)))
+        parser.group(f.metadata["group"]).add_argument(flag_of(f.name), **arguments, **word_reader(f))
         for other, reason in f.metadata["excludes"].items():
             parser.exclude(flag_of(f.name), flag_of(other), reason=reason)
 
@@ -85,13 +85,13 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def word_reader(f: Field, can_be_taken_back: bool) -> dict[str, Any]:
-    """What argparse needs to read a setting's words. can_be_taken_back: a switch may be on by default."""
+def word_reader(f: Field) -> dict[str, Any]:
+    """What argparse needs to read a setting's words."""
     kind = f.type
     if isinstance(kind, UnionType):
         (kind,) = (part for part in get_args(kind) if part is not NoneType)
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction if can_be_taken_back else "store_true"}
+        return {"action": argparse.BooleanOptionalAction}
     several = {}
     if get_origin(kind) is tuple:
         parts = get_args(kind)

@@ -1,5 +1,594 @@
-"""Stands in until the fused kernels land."""
+"""Scoring and merging in a few fused Triton kernels: what scorers.py and reducers.py say, faster on a GPU.
+
+In plain tensor code a stage writes a matrix of all tokens times all tokens and a normalised copy of the tokens, and
+sorts; on a GPU that costs more than the tokens saved. Here similarities live in tiles that never leave the chip,
+tokens are ranked by counting, and keys and tokens are read where they lie. Knows no backbone. Callers ask
+`available(x)` first and compute plainly where it says no.
+
+Shapes: B images, P prefix tokens (class token, registers), N patch tokens that come in, K that are kept, C channels,
+H heads of D channels, L = P+N. Every sum is in float32, whatever the tokens are in, and no result depends on the order
+in which programs run.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch brings it on Linux with CUDA only
+    triton = tl = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on a CPU, for tests
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
-def available(x) -> bool:
-    return False
+def available(x: Tensor) -> bool:
+    """Whether the functions below can take tensors that are where x is, of x's dtype.
+
+    Not while a model is exported: what is exported has to run where this file is not.
+    """
+    if triton is None or x.dtype not in DTYPES or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    if INTERPRETED:
+        return x.device.type in ("cpu", "cuda")
+    if x.device.type != "cuda" or torch.version.hip is not None:  # never seen on ROCm
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= 8  # Triton multiplies no bfloat16 on older ones
+
+
+def class_attention(
+    query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None = None
+) -> Tensor:
+    """The class token's attention to each patch token, mean over the heads; no gradient.
+
+    (B, H, 1, D) query, (B, H, L, D) keys (or fewer heads, under grouped-query attention) in any strides, (B, L)
+    logarithms of sizes -> (B, N), float32.
+    """
+    log_size = None if log_size is None else log_size.detach()
+    return _class_attention(query.detach(), keys.detach(), float(scale), num_prefix, log_size)
+
+
+def distinct_scores(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
+    """Importance times the cosine distance to the most similar token of greater importance; no gradient.
+
+    (B, N) importance, (B, P+N, C) tokens -> (B, N), float32.
+    """
+    return _distinct_scores(importance.detach(), x.detach(), num_prefix)
+
+
+def merge(
+    x: Tensor, scores: Tensor, size: Tensor, num_keep: int, num_prefix: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keeps the num_keep best tokens; each other one joins the kept one that it is most similar to, by cosine.
+
+    (B, P+N, C) tokens, (B, N) scores, sizes and weights (None: the sizes) -> (B, P+K, C) prefix tokens and weighted
+    means, best score first; (B, K) places of the kept ones; (B, K) their sizes, float32; (B, N) which of the K each
+    token is part of. Of equal scores the lower place is better, of equal cosines the better score. Gradients reach x,
+    size and weights, not the choice.
+    """
+    size = size.float()
+    weights = size if weights is None else weights.float()
+    merged, kept, merged_size, place = _merge(x, scores.detach(), size, weights, num_keep, num_prefix)
+    if not size.requires_grad:  # or attention would compute the gradient of its size bias for nobody
+        merged_size = merged_size.detach()
+    return merged, kept, merged_size, place
+
+
+class Tile(NamedTuple):
+    """What one program takes at a time, and how Triton is to compile it."""
+
+    rows: int
+    columns: int
+    channels: int
+    warps: int = 4
+    stages: int = 3  # loads in flight; each holds a tile of rows and one of columns in shared memory
+
+
+# 16-bit numbers: the best of those tried on an H100 in bfloat16 at batch 256, 196 -> 142 tokens, 384 channels.
+SCORE_TILE = Tile(rows=128, columns=64, channels=64)
+MERGE_TILE = Tile(rows=64, columns=32, channels=128, warps=8)
+# As for scores, but the rows are the tokens that leave: often fewer than 64.
+JOIN_TILE = Tile(rows=64, columns=64, channels=64)
+# Exact float32 has no tensor cores: a thread holds whole rows and columns of a tile in registers, and larger tiles do
+# not fit there.
+FLOAT32_TILE = Tile(rows=64, columns=64, channels=16, stages=2)
+FLOAT32_MERGE_TILE = Tile(rows=32, columns=32, channels=64, stages=2)
+# No products, each number is read once: a program has to wait for many loads at a time.
+NORM_TILE = Tile(rows=32, columns=1, channels=64)
+RANK_TILE = Tile(rows=64, columns=64, channels=1)
+KEYS_AT_A_TIME = 64
+TOKENS_AT_A_TIME = 256  # for the mean over heads
+
+
+# Operators of torch's own kind, so that torch.compile takes them as they are, and with static shapes CUDA graphs, too.
+@torch.library.custom_op("dynamicvit::class_attention", mutates_args=())
+def _class_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None) -> Tensor:
+    batch, heads, _, dim = query.shape
+    length = keys.shape[2]
+    importance = query.new_empty(batch, length - num_prefix, dtype=torch.float32)
+    logits = query.new_empty(batch, heads, length - num_prefix, dtype=torch.float32)
+    normaliser = query.new_empty(batch, heads, dtype=torch.float32)
+    with torch.cuda.device_of(query):
+        _logits_kernel[(batch * heads,)](
+            query,
+            keys,
+            normaliser if log_size is None else log_size.float().contiguous(),
+            logits,
+            normaliser,
+            *(query.stride(0), query.stride(1), query.stride(3)),
+            *keys.stride(),
+            length,
+            heads,
+            heads // keys.shape[1],
+            SCALE=scale,
+            P=num_prefix,
+            HAS_SIZES=log_size is not None,
+            D=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_L=KEYS_AT_A_TIME,
+        )
+        _mean_kernel[(batch * triton.cdiv(length - num_prefix, TOKENS_AT_A_TIME),)](
+            logits, normaliser, importance, length - num_prefix, heads, BLOCK_N=TOKENS_AT_A_TIME
+        )
+    return importance
+
+
+@_class_attention.register_fake
+def _(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None) -> Tensor:
+    return query.new_empty(query.shape[0], keys.shape[2] - num_prefix, dtype=torch.float32)
+
+
+@torch.library.custom_op("dynamicvit::distinct_scores", mutates_args=())
+def _distinct_scores(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
+    x = with_whole_rows(x)
+    importance = importance.float().contiguous()
+    scores = torch.empty_like(importance)
+    with torch.cuda.device_of(x):
+        inverse_norm = inverse_norms(x, num_prefix)
+        tile = FLOAT32_TILE if x.dtype == torch.float32 else SCORE_TILE
+        _score_kernel[(x.shape[0] * triton.cdiv(scores.shape[1], tile.rows),)](
+            *(x, inverse_norm, importance, scores, x.stride(0), x.stride(1), scores.shape[1]),
+            **products(x, num_prefix, tile),
+        )
+    return scores
+
+
+@_distinct_scores.register_fake
+def _(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
+    return importance.new_empty(importance.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("dynamicvit::merge", mutates_args=())
+def _merge(
+    x: Tensor, scores: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = with_whole_rows(x)
+    with torch.cuda.device_of(x):
+        kept, others, place = rank(scores.contiguous(), num_keep)
+        if others.shape[1] > 0:
+            join(x, kept, others, place, num_prefix)
+        merged, merged_size = average(x, place, size.contiguous(), weights.contiguous(), num_keep, num_prefix)
+    return merged, kept, merged_size, place
+
+
+@_merge.register_fake
+def _(
+    x: Tensor, scores: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, num_tokens = scores.shape
+    return (
+        x.new_empty(batch, num_prefix + num_keep, x.shape[2]),
+        scores.new_empty(batch, num_keep, dtype=torch.long),
+        size.new_empty(batch, num_keep),
+        scores.new_empty(batch, num_tokens, dtype=torch.long),
+    )
+
+
+def rank(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N) scores -> (B, K) places of the best, (B, N-K) of the others, both best first; (B, N) of which only the
+    kept ones are set: each one's rank."""
+    batch, num_tokens = scores.shape
+    kept, others, place = (
+        scores.new_empty(batch, count, dtype=torch.long) for count in (num_keep, num_tokens - num_keep, num_tokens)
+    )
+    _rank_kernel[(batch * triton.cdiv(num_tokens, RANK_TILE.rows),)](
+        scores, kept, others, place, num_tokens, num_keep, BLOCK_M=RANK_TILE.rows, BLOCK_N=RANK_TILE.columns
+    )
+    return kept, others, place
+
+
+def join(x: Tensor, kept: Tensor, others: Tensor, place: Tensor, num_prefix: int) -> None:
+    """Sets the place of each of the (B, N-K) others to the number of the kept one that is most like it."""
+    inverse_norm = inverse_norms(x, num_prefix)
+    tile = FLOAT32_TILE if x.dtype == torch.float32 else JOIN_TILE
+    _join_kernel[(x.shape[0] * triton.cdiv(others.shape[1], tile.rows),)](
+        *(x, inverse_norm, kept, others, place, x.stride(0), x.stride(1), place.shape[1], kept.shape[1]),
+        **products(x, num_prefix, tile),
+    )
+
+
+def average(
+    x: Tensor, place: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int
+) -> tuple[Tensor, Tensor]:
+    """(B, P+K, C) prefix tokens and means of the tokens in each place, (B, K) sums of sizes."""
+    batch, _, channels = x.shape
+    merged = x.new_empty(batch, num_prefix + num_keep, channels)
+    merged_size = size.new_empty(batch, num_keep)
+    tile = FLOAT32_MERGE_TILE if x.dtype == torch.float32 else MERGE_TILE
+    if channels % tile.channels:  # 192: three tiles of 64, not two of 128
+        tile = tile._replace(channels=min(tile.channels, 64))
+    _merge_kernel[(batch * triton.cdiv(num_keep, tile.rows), triton.cdiv(channels, tile.channels))](
+        *(x, place, size, weights, merged, merged_size, x.stride(0), x.stride(1), place.shape[1], num_keep),
+        **products(x, num_prefix, tile),
+    )
+    return merged, merged_size
+
+
+def inverse_norms(x: Tensor, num_prefix: int) -> Tensor:
+    """(B, P+N, C) -> (B, N) one over each patch token's length, float32."""
+    batch, length, channels = x.shape
+    inverse_norm = x.new_empty(batch, length - num_prefix, dtype=torch.float32)
+    _norm_kernel[(batch * triton.cdiv(length - num_prefix, NORM_TILE.rows),)](
+        *(x, inverse_norm, x.stride(0), x.stride(1), length - num_prefix),
+        C=channels,
+        P=num_prefix,
+        SMALLEST=SMALLEST_NORM,
+        BLOCK_M=NORM_TILE.rows,
+        BLOCK_C=NORM_TILE.channels,
+    )
+    return inverse_norm
+
+
+def products(x: Tensor, num_prefix: int, tile: Tile) -> dict[str, Any]:
+    """The constants of a kernel that multiplies tiles of x."""
+    return {
+        "C": x.shape[2],
+        "P": num_prefix,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",  # says nothing about 16-bit numbers
+        "WIDEN": INTERPRETED,  # the interpreter multiplies bfloat16 as if it were integers
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_C": tile.channels,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def with_whole_rows(x: Tensor) -> Tensor:
+    """x itself, where the channels of a token lie side by side, as they nearly always do."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _save_for_merge_gradients(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
+    x, _, _, weights, _, ctx.num_prefix = inputs
+    merged, _, _, place = output
+    ctx.save_for_backward(weights, place, *((x, merged) if ctx.needs_input_grad[3] else ()))
+
+
+def _merge_gradients(
+    ctx: Any, grad_merged: Tensor, grad_kept: None, grad_merged_size: Tensor, grad_place: None
+) -> tuple[Tensor | None, ...]:
+    """A mean's gradients: to a token its share, to a weight how far its token is from the mean."""
+    weights, place, *tokens = ctx.saved_tensors
+    num_prefix = ctx.num_prefix
+    batch, end, _ = grad_merged.shape
+    total = weights.new_zeros(batch, end - num_prefix).scatter_add(1, place, weights).gather(1, place)
+    total = total.masked_fill(total == 0, 1.0)  # as in the kernel
+    shares = F.pad(weights / total, (num_prefix, 0), value=1.0).to(grad_merged.dtype)
+    prefix = torch.arange(num_prefix, device=place.device).expand(batch, -1)
+    rows = torch.cat([prefix, place + num_prefix], dim=1)
+    rows = (rows + end * torch.arange(batch, device=place.device)[:, None]).flatten()
+    grads = grad_merged.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, -1))
+    grad_weights = None
+    if tokens:
+        x, merged = tokens
+        beyond = x.float() - merged.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, -1)).float()
+        grad_weights = (grads.float() * beyond).sum(dim=-1)[:, num_prefix:] / total
+    return grads * shares[..., None], None, grad_merged_size.gather(1, place), grad_weights, None, None
+
+
+_merge.register_autograd(_merge_gradients, setup_context=_save_for_merge_gradients)
+
+if triton is None:
+
+    def jit(kernel: Any) -> Any:
+        """Leaves a function that nobody calls where there is no Triton."""
+        return kernel
+
+    constexpr = Any
+else:
+    jit = triton.jit
+    constexpr = tl.constexpr
+
+
+# The kernels. A program takes one tile of one image (the first dimension of the grid counts tiles, then images, as its
+# limit is the highest); b is int64, as batch times tokens times channels may leave int32.
+@jit
+def _logits_kernel(
+    query,
+    keys,
+    log_size,
+    logits,
+    normaliser,
+    query_image,
+    query_head,
+    query_channel,
+    key_image,
+    key_head,
+    key_token,
+    key_channel,
+    L,
+    H,
+    queries_per_key,
+    SCALE: constexpr,
+    P: constexpr,
+    HAS_SIZES: constexpr,
+    D: constexpr,
+    BLOCK_D: constexpr,
+    BLOCK_L: constexpr,
+):
+    """One image and head: (B, H, N) logits of the patch tokens, (B, H) log of the sum of all L exponentials."""
+    program = tl.program_id(0).to(tl.int64)
+    b, h = program // H, program % H
+    d = tl.arange(0, BLOCK_D)
+    q = tl.load(query + b * query_image + h * query_head + d * query_channel, mask=d < D, other=0.0)
+    q = q.to(tl.float32) * SCALE
+    first_key = keys + b * key_image + h // queries_per_key * key_head
+    top = -float("inf")
+    total = 0.0
+    for start in range(0, L, BLOCK_L):
+        n = start + tl.arange(0, BLOCK_L)
+        inside = n < L
+        at = first_key + n[:, None] * key_token + d[None, :] * key_channel
+        k = tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        logit = tl.sum(k * q[None, :], 1)
+        if HAS_SIZES:
+            logit += tl.load(log_size + b * L + n, mask=inside, other=0.0)
+        tl.store(logits + program * (L - P) + n - P, logit, mask=inside & (n >= P))
+        logit = tl.where(inside, logit, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logit, 0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logit - new_top), 0)
+        top = new_top
+    tl.store(normaliser + program, top + tl.log(total))
+
+
+@jit
+def _mean_kernel(logits, normaliser, importance, N, H, BLOCK_N: constexpr):
+    """Mean over the heads of their softmax, for one tile of an image's patch tokens."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for h in range(0, H):
+        logit = tl.load(logits + (b * H + h) * N + n, mask=n < N, other=0.0)
+        total += tl.exp(logit - tl.load(normaliser + b * H + h))
+    tl.store(importance + b * N + n, total / H, mask=n < N)
+
+
+@jit
+def _norm_kernel(
+    x,
+    inverse_norm,
+    x_image,
+    x_token,
+    N,
+    C: constexpr,
+    P: constexpr,
+    SMALLEST: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_C: constexpr,
+):
+    tiles = tl.cdiv(N, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        at = x + b * x_image + (P + n)[:, None] * x_token + c[None, :]
+        values = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        squares += values * values
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), SMALLEST)
+    tl.store(inverse_norm + b * N + n, 1.0 / norm, mask=n < N)
+
+
+@jit
+def _inner_products(
+    rows,
+    row_inside,
+    columns,
+    column_inside,
+    C: constexpr,
+    PRECISION: constexpr,
+    WIDEN: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_C: constexpr,
+):
+    """Pointers to tokens, (BLOCK_M,) and (BLOCK_N,) -> (BLOCK_M, BLOCK_N) inner products of each with each."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = c < C
+        a = tl.load(rows[:, None] + c[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0)
+        b = tl.load(columns[None, :] + c[:, None], mask=column_inside[None, :] & inside[:, None], other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@jit
+def _score_kernel(
+    x,
+    inverse_norm,
+    importance,
+    scores,
+    x_image,
+    x_token,
+    N,
+    C: constexpr,
+    P: constexpr,
+    PRECISION: constexpr,
+    WIDEN: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_C: constexpr,
+):
+    tiles = tl.cdiv(N, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = x + b * x_image + P * x_token
+    row_importance = tl.load(importance + b * N + m, mask=m < N, other=float("inf"))
+    row_scale = tl.load(inverse_norm + b * N + m, mask=m < N, other=0.0)
+    nearest = tl.full((BLOCK_M,), -1.0, tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        column_importance = tl.load(importance + b * N + n, mask=n < N, other=-float("inf"))
+        column_scale = tl.load(inverse_norm + b * N + n, mask=n < N, other=0.0)
+        cosine = _inner_products(
+            first + m * x_token, m < N, first + n * x_token, n < N, C, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_C
+        )
+        cosine = cosine * row_scale[:, None] * column_scale[None, :]
+        more_important = column_importance[None, :] > row_importance[:, None]
+        nearest = tl.maximum(nearest, tl.max(tl.where(more_important, cosine, -1.0), 1))
+    tl.store(scores + b * N + m, row_importance * (1 - nearest), mask=m < N)
+
+
+@jit
+def _rank_kernel(scores, kept, others, place, N, K, BLOCK_M: constexpr, BLOCK_N: constexpr):
+    """A token's rank is how many are ahead of it: no sort."""
+    tiles = tl.cdiv(N, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    score = tl.load(scores + b * N + m, mask=m < N, other=0.0).to(tl.float32)
+    score = tl.where(score == score, score, float("inf"))  # not a number: two tokens must not share a rank
+    rank = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        other = tl.load(scores + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+        other = tl.where(other == other, other, float("inf"))
+        before = n[None, :] < m[:, None]
+        ahead = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & before)
+        rank += tl.sum((ahead & (n < N)[None, :]).to(tl.int32), 1)
+    inside = m < N
+    tl.store(kept + b * K + rank, m.to(tl.int64), mask=inside & (rank < K))
+    tl.store(others + b * (N - K) + rank - K, m.to(tl.int64), mask=inside & (rank >= K))
+    tl.store(place + b * N + m, rank.to(tl.int64), mask=inside & (rank < K))
+
+
+@jit
+def _join_kernel(
+    x,
+    inverse_norm,
+    kept,
+    others,
+    place,
+    x_image,
+    x_token,
+    N,
+    K,
+    C: constexpr,
+    P: constexpr,
+    PRECISION: constexpr,
+    WIDEN: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_C: constexpr,
+):
+    """A row's own length changes none of its comparisons, so only the columns' lengths are divided out."""
+    tiles = tl.cdiv(N - K, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_inside = m < N - K
+    row = tl.load(others + b * (N - K) + m, mask=row_inside, other=0)
+    first = x + b * x_image + P * x_token
+    nearest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    joined = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, K, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        column = tl.load(kept + b * K + n, mask=n < K, other=0)
+        column_scale = tl.load(inverse_norm + b * N + column, mask=n < K, other=0.0)
+        cosine = _inner_products(
+            first + row * x_token,
+            row_inside,
+            first + column * x_token,
+            n < K,
+            C,
+            PRECISION,
+            WIDEN,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_C,
+        )
+        cosine = tl.where((n < K)[None, :], cosine * column_scale[None, :], -float("inf"))
+        value, number = tl.max(cosine, 1, return_indices=True)
+        joined = tl.where(value > nearest, start + number, joined)
+        nearest = tl.maximum(nearest, value)
+    tl.store(place + b * N + row, joined.to(tl.int64), mask=row_inside)
+
+
+@jit
+def _merge_kernel(
+    x,
+    place,
+    size,
+    weights,
+    merged,
+    merged_size,
+    x_image,
+    x_token,
+    N,
+    K,
+    C: constexpr,
+    P: constexpr,
+    PRECISION: constexpr,
+    WIDEN: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_C: constexpr,
+):
+    """Means as a product of shares, built in registers, with the tokens; each token enters by its share, as sums of
+    size times token could leave float16's range."""
+    tiles = tl.cdiv(K, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    k = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sizes = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        here = tl.load(place + b * N + n, mask=n < N, other=-1)[None, :] == k[:, None]
+        total += tl.sum(tl.where(here, tl.load(weights + b * N + n, mask=n < N, other=0.0)[None, :], 0.0), 1)
+        sizes += tl.sum(tl.where(here, tl.load(size + b * N + n, mask=n < N, other=0.0)[None, :], 0.0), 1)
+    if tl.program_id(1) == 0:
+        tl.store(merged_size + b * K + k, sizes, mask=k < K)
+    total = tl.where(total == 0, 1.0, total)
+
+    source = x + b * x_image
+    target = merged + b * (P + K) * C
+    mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        here = tl.load(place + b * N + n, mask=n < N, other=-1)[None, :] == k[:, None]
+        weight = tl.load(weights + b * N + n, mask=n < N, other=0.0)
+        at = source + (P + n)[:, None] * x_token + c[None, :]
+        tokens = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+        # rounded as IEEE wants: a token that stays alone has a share of exactly 1
+        shares = tl.where(here, tl.div_rn(weight[None, :] + tl.zeros_like(total)[:, None], total[:, None]), 0.0)
+        shares = shares.to(tokens.dtype)
+        if WIDEN:
+            shares, tokens = shares.to(tl.float32), tokens.to(tl.float32)
+        mean = tl.dot(shares, tokens, mean, input_precision=PRECISION)
+    at = target + (P + k)[:, None] * C + c[None, :]
+    tl.store(at, mean.to(merged.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :])
+    if tile == 0:
+        for p in range(0, P):
+            tl.store(target + p * C + c, tl.load(source + p * x_token + c, mask=c < C, other=0.0), mask=c < C)

@@ -52,12 +52,13 @@ def policy_bias(policy: Tensor, num_prefix: int) -> Tensor:
     return (log_policy[:, None, :] * off_diagonal)[:, None]
 
 
-def size_bias(size: Tensor, num_prefix: int) -> Tensor:
+def size_bias(size: Tensor, num_prefix: int, power: float = 1.0) -> Tensor:
     """(B, K) sizes -> (B, 1, 1, P+K) attention bias: a merged token weighs as many as the patches in it.
 
-    Proportional attention (ToMe, arXiv 2210.09461, section 3). Prefix tokens have size 1.
+    Proportional attention (ToMe, arXiv 2210.09461, section 3). Prefix tokens have size 1. power: of the sizes.
     """
-    return F.pad(size.log(), (num_prefix, 0))[:, None, None]
+    log_size = size.log() if power == 1 else power * size.log()
+    return F.pad(log_size, (num_prefix, 0))[:, None, None]
 
 
 def aligned(bias: Tensor) -> Tensor:
@@ -331,7 +332,8 @@ class TokenPruning(Dynamic):
             patches = reduced.kept if stage == 0 else tokens.patches.gather(1, reduced.kept)
             tokens.x, tokens.size, tokens.patches = reduced.x, reduced.size, patches
             if reduced.size is not None:
-                tokens.bias = aligned(size_bias(reduced.size, self.num_prefix_tokens).to(matmul_dtype(reduced.x)))
+                bias = size_bias(reduced.size, self.num_prefix_tokens, self.reducer.size_power)
+                tokens.bias = aligned(bias.to(matmul_dtype(reduced.x)))
             run.stages.append(Stage(scores.scores, reduced, patches))
 
         return at_stage

@@ -60,6 +60,7 @@ class Reducer(Named):
     """Base of all reducers; REDUCERS["mine"] = Mine() makes the name of your own one known everywhere."""
 
     merges = False  # whether tokens come to stand for several patches, and attention has to be weighted by their size
+    size_power = 1.0  # of a token's size, what its weight in attention is
     hides = False  # whether training may hide tokens instead, as published, so that a learned scorer gets a gradient
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
@@ -85,9 +86,11 @@ class Merge(Reducer):
 
 class MergeKeepingLength(Merge):
     """Merge, and give each token the mean length of those in it: tokens that point different ways have a short mean,
-    which the next blocks, that add to it, would change too much (after Token Fusion's MLERP, arXiv 2312.01026)."""
+    which the next blocks, that add to it, would change too much (after Token Fusion's MLERP, arXiv 2312.01026). In
+    attention it counts for a little less than the patches in it, as these are not all alike (docs/scores.md)."""
 
     name = "merge_length"
+    size_power = 0.9
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
         reduced = super().__call__(x, scores, size, num_keep, num_prefix)

@@ -232,9 +232,12 @@ def test_resumes_after_a_kill_with_the_same_result(
 def test_ctrl_c_keeps_the_best_so_far_and_can_go_on(
     undisturbed: Path, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    ended_by = []
     with monkeypatch.context() as patch:
         interrupt_at(5, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert run(weights, photos, tmp_path / "fast", "--steps", "6") == 0
+        patch.setattr("dynamicvit.errors.die_of", ended_by.append)
+        run(weights, photos, tmp_path / "fast", "--steps", "6")
+    assert ended_by == ["SIGINT"]
     assert "holds the best so far" in capsys.readouterr().out.splitlines()[-1]
     assert models.from_pretrained(tmp_path / "fast").reducer == "merge"
     assert run(weights, photos, tmp_path / "fast", "--steps", "6") == 0

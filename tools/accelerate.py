@@ -84,7 +84,7 @@ MAY_CHANGE = ("output", "num_workers", "device")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="accelerate", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="accelerate", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("model", help="one of timm's names, or of ours (deit_small, ...)")
     add("--images", type=Path, required=True, help="a folder; class folders in it are used only for the report")

@@ -1,0 +1,373 @@
+"""The fused kernels against the same functions in plain tensor code.
+
+On a CPU they run in Triton's interpreter, which has to be chosen before anything imports Triton: so the first test runs
+this file once more, in a process of its own, and there the others run. Where there is a GPU they run on it as well.
+"""
+
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import ONE_THREAD, ROOT, launch, needs_gpu
+from dynamicvit.models import kernels, make_dynamic
+from dynamicvit.models.kernels import INTERPRETED
+from torch import Tensor
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="runs in the interpreter's process"
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of one rounded number near 1, and some room
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    result = launch([sys.executable, "-m", "pytest", __file__], {**ONE_THREAD, "TRITON_INTERPRET": "1"})
+    assert result.returncode == 0, result.stdout
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def some_sizes(batch: int, num_tokens: int) -> Tensor:
+    return 1 + random(batch, num_tokens, seed=3).abs().mul(2).floor()
+
+
+def plain_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None) -> Tensor:
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    logits = query.float() * scale @ keys.float().transpose(2, 3)
+    if log_size is not None:
+        logits = logits + log_size[:, None, None]
+    return logits.softmax(dim=-1).mean(dim=1)[:, 0, num_prefix:]
+
+
+def cosines(x: Tensor, num_prefix: int) -> Tensor:
+    directions = F.normalize(x[:, num_prefix:].float(), dim=-1)
+    return directions @ directions.transpose(1, 2)
+
+
+def plain_scores(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
+    more_important = importance[:, None, :] > importance[:, :, None]
+    return importance * (1 - cosines(x, num_prefix).masked_fill(~more_important, -1).amax(dim=-1))
+
+
+def plain_merge(
+    x: Tensor, scores: Tensor, size: Tensor, num_keep: int, num_prefix: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As a product with a matrix of all shares, in float32."""
+    weights = size if weights is None else weights
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    kept = order[:, :num_keep]
+    to_kept = cosines(x.detach(), num_prefix).gather(2, kept[:, None].expand(-1, scores.shape[1], -1))
+    numbers = torch.arange(num_keep, device=x.device).expand_as(kept)
+    place = to_kept.argmax(dim=-1).scatter(1, kept, numbers)
+    members = F.one_hot(place, num_keep).transpose(1, 2).float()
+    shares = members * weights[:, None]
+    means = shares / shares.sum(dim=2, keepdim=True) @ x[:, num_prefix:].float()
+    merged = torch.cat([x[:, :num_prefix], means.to(x.dtype)], dim=1)
+    return merged, kept, (members * size[:, None]).sum(dim=2), place
+
+
+def assert_merges_alike(x: Tensor, scores: Tensor, size: Tensor, *args: int | Tensor) -> None:
+    expected = plain_merge(x, scores, size, *args)
+    merged, kept, merged_size, place = kernels.merge(x, scores, size, *args)
+    assert kept.dtype == place.dtype == torch.long and merged_size.dtype == torch.float32
+    assert merged.dtype == x.dtype
+    assert torch.equal(kept, expected[1])
+    assert torch.equal(place, expected[3])
+    torch.testing.assert_close(merged_size, expected[2])
+    torch.testing.assert_close(merged, expected[0], atol=ERROR[x.dtype], rtol=ERROR[x.dtype])
+
+
+@runs_kernels
+@DTYPES
+@pytest.mark.parametrize(
+    "num_prefix, num_tokens, dim", [(1, 70, 64), (2, 62, 24), (3, 129, 72), (4, 1, 16), (5, 260, 8)]
+)
+def test_class_attention(num_prefix: int, num_tokens: int, dim: int, dtype: torch.dtype) -> None:
+    length = num_prefix + num_tokens
+    # as timm has them: queries, keys and values of a token side by side, so neither is in one piece
+    query, keys, _ = random(2, length, 3, 3, dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    for log_size in (None, F.pad(some_sizes(2, num_tokens).log(), (num_prefix, 0))):
+        importance = kernels.class_attention(query[:, :, :1], keys, dim**-0.5, num_prefix, log_size)
+        expected = plain_attention(query[:, :, :1], keys, dim**-0.5, num_prefix, log_size)
+        assert importance.dtype == torch.float32
+        torch.testing.assert_close(importance, expected, atol=1e-6, rtol=1e-5)
+
+
+@runs_kernels
+def test_class_attention_of_queries_that_share_keys() -> None:
+    query, keys = random(2, 6, 1, 16), random(2, 2, 20, 16, seed=1)
+    importance = kernels.class_attention(query, keys, 0.25, 1)
+    torch.testing.assert_close(importance, plain_attention(query, keys, 0.25, 1, None))
+
+
+@runs_kernels
+def test_class_attention_of_large_logits() -> None:
+    query, keys = random(1, 2, 1, 16) * 100, random(1, 2, 150, 16, seed=1) * 100
+    importance = kernels.class_attention(query, keys, 1.0, 1)
+    torch.testing.assert_close(importance, plain_attention(query, keys, 1.0, 1, None), atol=1e-6, rtol=1e-5)
+
+
+@runs_kernels
+@DTYPES
+@pytest.mark.parametrize(
+    "num_prefix, num_tokens, channels", [(1, 130, 192), (2, 64, 20), (3, 65, 64), (4, 1, 32), (5, 31, 100)]
+)
+def test_distinct_scores(num_prefix: int, num_tokens: int, channels: int, dtype: torch.dtype) -> None:
+    x = random(2, num_prefix + num_tokens, channels, dtype=dtype)
+    x[:, num_prefix] = 0  # which has no direction
+    importance = random(2, num_tokens, seed=1).softmax(dim=1)
+    importance[:, -num_tokens // 3 :] = importance[:, :1]  # ties: none of two equals is the more important
+    scores = kernels.distinct_scores(importance, x, num_prefix)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, plain_scores(importance, x, num_prefix), atol=1e-6, rtol=1e-5)
+
+
+@runs_kernels
+@DTYPES
+@pytest.mark.parametrize(
+    "num_prefix, num_tokens, num_keep, channels",
+    [(1, 70, 50, 192), (2, 66, 65, 20), (3, 129, 1, 64), (4, 40, 40, 32), (5, 100, 20, 100), (1, 1, 1, 16)],
+    ids=str,
+)
+@pytest.mark.parametrize("weighted", [True, False], ids=["weights", "sizes"])
+def test_merge(
+    num_prefix: int, num_tokens: int, num_keep: int, channels: int, weighted: bool, dtype: torch.dtype
+) -> None:
+    x = random(2, num_prefix + num_tokens, channels, dtype=dtype)
+    weights = random(2, num_tokens, seed=1).softmax(dim=1) if weighted else None
+    scores = random(2, num_tokens, seed=2)
+    assert_merges_alike(x, scores, some_sizes(2, num_tokens), num_keep, num_prefix, weights)
+
+
+@runs_kernels
+def test_merge_in_float16_neither_overflows_nor_rounds_small_weights_away() -> None:
+    x = random(2, 41, 64, dtype=torch.float16) * 1e4
+    tiny = random(2, 40, seed=1).softmax(dim=1) * 1e-7
+    merged, *_ = kernels.merge(x, random(2, 40, seed=2), 100 * some_sizes(2, 40), 10, 1, tiny)
+    expected, *_ = plain_merge(x, random(2, 40, seed=2), some_sizes(2, 40), 10, 1, tiny)
+    torch.testing.assert_close(merged, expected, atol=20, rtol=2e-3)
+
+
+@runs_kernels
+def test_merge_of_many_tokens() -> None:
+    num_tokens = 37 * 37
+    x = random(1, 5 + num_tokens, 16, dtype=torch.bfloat16)
+    importance = random(1, num_tokens, seed=1).softmax(dim=1)
+    scores = kernels.distinct_scores(importance, x, 5)
+    torch.testing.assert_close(scores, plain_scores(importance, x, 5), atol=1e-6, rtol=1e-5)
+    assert_merges_alike(x, scores, some_sizes(1, num_tokens), 100, 5, importance)
+
+
+@runs_kernels
+def test_of_equals_the_first_is_the_best() -> None:
+    x = random(2, 1 + 90, 32)
+    scores = random(2, 90, seed=2).round()  # a handful of different ones
+    assert scores.unique().numel() < 10
+    assert_merges_alike(x, scores, some_sizes(2, 90), 47, 1)
+    *_, kept, _, _ = kernels.merge(x, torch.zeros(2, 90, device=DEVICE), some_sizes(2, 90), 47, 1)
+    assert torch.equal(kept, torch.arange(47, device=DEVICE).expand(2, -1))
+
+
+@runs_kernels
+def test_of_kept_tokens_that_are_alike_others_join_the_best_one() -> None:
+    x = random(1, 1, 32).repeat(1, 101, 1)
+    *_, kept, size, place = kernels.merge(x, random(1, 100, seed=2), torch.ones(1, 100, device=DEVICE), 70, 1)
+    assert size[0].tolist() == [31.0] + 69 * [1.0]
+    assert torch.equal(place[0, kept[0]], torch.arange(70, device=DEVICE))
+
+
+@runs_kernels
+def test_a_token_that_stays_alone_is_left_as_it_was() -> None:
+    x = random(2, 1 + 30, 48)
+    weights = random(2, 30, seed=1).softmax(dim=1)
+    merged, kept, _, _ = kernels.merge(x, random(2, 30, seed=2), torch.ones(2, 30, device=DEVICE), 30, 1, weights)
+    assert torch.equal(merged[:, 1:], x[:, 1:].gather(1, kept[..., None].expand(-1, -1, 48)))
+    assert torch.equal(merged[:, :1], x[:, :1])
+
+
+@runs_kernels
+def test_scores_that_are_no_numbers_give_each_token_a_place() -> None:
+    scores = random(1, 40, seed=2)
+    scores[:, ::3] = torch.nan
+    *_, kept, size, place = kernels.merge(random(1, 41, 16), scores, torch.ones(1, 40, device=DEVICE), 20, 1)
+    assert kept.unique().numel() == 20
+    assert place.min() >= 0 and place.max() < 20 and size.sum() == 40
+
+
+@runs_kernels
+def test_a_group_without_weight_is_no_division_by_zero() -> None:
+    x = random(1, 21, 16).requires_grad_()
+    merged, *_ = kernels.merge(x, random(1, 20, seed=2), torch.ones(1, 20), 5, 1, torch.zeros(1, 20, device=DEVICE))
+    merged.sum().backward()
+    assert merged.isfinite().all() and x.grad.isfinite().all()
+
+
+@runs_kernels
+def test_tokens_in_any_strides() -> None:
+    x = random(32, 1 + 40, 2).permute(2, 1, 0)
+    importance, size = random(2, 40, seed=1).softmax(dim=1), some_sizes(40, 2).T
+    scores = kernels.distinct_scores(importance.T.contiguous().T, x, 1)
+    torch.testing.assert_close(scores, plain_scores(importance, x, 1), atol=1e-6, rtol=1e-5)
+    assert_merges_alike(x, scores.T.contiguous().T, size, 11, 1, importance.T.contiguous().T)
+
+
+@runs_kernels
+def test_images_beyond_the_reach_of_32_bits() -> None:
+    # most of this memory is never touched
+    x = torch.empty(2**31 + 2**10, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 1 + 20, 16), (2**30, 16, 1))
+    x.copy_(random(3, 21, 16))
+    importance = random(3, 20, seed=1).softmax(dim=1)
+    scores = kernels.distinct_scores(importance, x, 1)
+    torch.testing.assert_close(scores, plain_scores(importance, x, 1), atol=1e-6, rtol=1e-5)
+    assert_merges_alike(x, scores, some_sizes(3, 20), 7, 1, importance)
+    query, keys = x[:, None, :1], x[:, None]
+    importance = kernels.class_attention(query, keys, 1.0, 1)
+    torch.testing.assert_close(importance, plain_attention(query, keys, 1.0, 1, None))
+
+
+def gradients(merge, x: Tensor, scores: Tensor, size: Tensor, weights: Tensor | None) -> list[Tensor]:
+    """Of a loss that weighs each number differently, for each of the three that is there."""
+    leaves = [leaf.clone().requires_grad_() for leaf in (x, size, weights) if leaf is not None]
+    merged, _, merged_size, _ = merge(leaves[0], scores, leaves[1], 9, 2, *leaves[2:])
+    loss = (merged.float() * random(*merged.shape, seed=5)).sum()
+    loss = loss + (merged_size * random(*merged_size.shape, seed=6)).sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+@runs_kernels
+@DTYPES
+@pytest.mark.parametrize("weighted", [True, False], ids=["weights", "sizes"])
+def test_gradients(weighted: bool, dtype: torch.dtype) -> None:
+    x, scores = random(2, 2 + 30, 24, dtype=dtype), random(2, 30, seed=2)
+    weights = random(2, 30, seed=1).softmax(dim=1) if weighted else None
+    found = gradients(kernels.merge, x, scores, some_sizes(2, 30), weights)
+    expected = gradients(plain_merge, x, scores, some_sizes(2, 30), weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert (ours - theirs).float().norm() < ERROR[dtype] * theirs.float().norm()
+
+
+@runs_kernels
+def test_gradients_reach_the_tokens_alone_where_nothing_else_wants_them() -> None:
+    x = random(2, 1 + 30, 24).requires_grad_()
+    merged, kept, size, _ = kernels.merge(x, random(2, 30, seed=2), torch.ones(2, 30, device=DEVICE), 9, 1)
+    merged.sum().backward()
+    # each mean hands out its gradient whole
+    torch.testing.assert_close(x.grad.sum(dim=1), torch.full((2, 24), 1.0 + 9, device=DEVICE))
+    assert not size.requires_grad and not kept.requires_grad
+
+
+def stage(query: Tensor, keys: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    if not kernels.available(x):
+        return x, size
+    log_size = F.pad(size.log(), (1, 0))
+    importance = kernels.class_attention(query, keys, 0.25, 1, log_size)
+    scores = kernels.distinct_scores(importance, x, 1)
+    merged, _, merged_size, _ = kernels.merge(x * 2, scores, size, 9, 1, importance)
+    return merged, merged_size
+
+
+def stage_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, keys, _ = random(2, 31, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    return query[:, :, :1], keys, random(2, 31, 32, seed=1), some_sizes(2, 30)
+
+
+@runs_kernels
+def test_a_stage_compiles_in_one_graph_and_trains() -> None:
+    # the interpreter is no part of what a compiler could fuse
+    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    results = []
+    for run in (stage, compiled):
+        *attention, x, size = stage_inputs()
+        x.requires_grad_()
+        merged, merged_size = run(*attention, x, size)
+        (merged * random(*merged.shape, seed=5)).sum().backward()
+        results.append((merged, merged_size, x.grad))
+    assert results[0][0].shape == (2, 10, 32)
+    torch.testing.assert_close(results[1], results[0])
+
+
+@needs_gpu
+@pytest.mark.skipif(INTERPRETED, reason="an interpreter cannot be recorded")
+def test_a_stage_in_a_cuda_graph() -> None:
+    inputs = [value.clone() for value in stage_inputs()]
+    with torch.no_grad():
+        expected = stage(*inputs)  # compiles the kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = stage(*inputs)
+        graph.replay()
+        torch.testing.assert_close(found, expected)
+        compiled = torch.compile(stage, fullgraph=True, mode="reduce-overhead")
+        for _ in range(4):
+            found = [value.clone() for value in compiled(*inputs)]
+    torch.testing.assert_close(tuple(found), expected)
+
+
+@runs_kernels
+@pytest.mark.parametrize("scorer", ["distinct", "attention", "outlying"])
+def test_a_model_decides_the_same_with_kernels_and_without(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=5)
+    model = make_dynamic(vit, (1, 2, 3), (0.7, 0.5, 0.3), scorer=scorer, reducer="merge").eval().to(DEVICE)
+    images = random(2, 3, 32, 32)
+    merges = []
+    fused = kernels.merge
+    monkeypatch.setattr(kernels, "merge", lambda *args: merges.append(args) or fused(*args))
+    with torch.no_grad():
+        logits, kept = model.forward_pruned(images)
+        assert len(merges) == 3
+        monkeypatch.setattr(kernels, "available", lambda x: False)
+        plain_logits, plain_kept = model.forward_pruned(images)
+    assert len(merges) == 3
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, plain_kept, strict=True))
+    torch.testing.assert_close(logits, plain_logits, atol=1e-4, rtol=1e-4)
+
+
+@runs_kernels
+def test_operators_are_what_torch_expects_of_them() -> None:
+    query, keys, x, size = stage_inputs()
+    weights = size.clone().requires_grad_()
+    for operator, args in (
+        (torch.ops.dynamicvit.class_attention, (query, keys, 0.25, 1, None)),
+        (torch.ops.dynamicvit.distinct_scores, (size, x, 1)),
+        (torch.ops.dynamicvit.merge, (x.clone().requires_grad_(), size, size, weights, 9, 1)),
+    ):
+        checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # the other one compiles
+        torch.library.opcheck(operator, args, test_utils=checks)
+
+
+@runs_kernels
+def test_what_is_exported_runs_without_kernels() -> None:
+    class Stage(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return stage(*inputs)
+
+    exported = torch.export.export(Stage(), stage_inputs())
+    assert "dynamicvit" not in str(exported.graph)
+
+
+def test_where_kernels_are_available() -> None:
+    assert kernels.available(torch.ones(1)) == INTERPRETED
+    assert not kernels.available(torch.ones(1, device="meta"))
+    assert not kernels.available(torch.ones(1, dtype=torch.float64, device=DEVICE if INTERPRETED else "cpu"))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="once is enough")
+def test_without_triton_nothing_is_available() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from dynamicvit.models import kernels, make_dynamic
+assert not any(kernels.available(torch.ones(1, device=d)) for d in ["cpu", "cuda"][: 1 + torch.cuda.is_available()])
+"""
+    result = launch([sys.executable, "-c", code], {**ONE_THREAD, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
