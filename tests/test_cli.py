@@ -259,7 +259,7 @@ class TestBadInput:
             (["--pruning-loc", "1", "2", "9"], ["0..3", "9"]),
             (["--batch-size", "64"], ["64", "20", "smaller"]),
             (["--batch-size", "5"], ["even"]),
-            (["--epochs", "0"], ["--epochs", "positive"]),
+            (["--epochs", "0"], ["--epochs", "from 1 to", "got 0"]),
         ],
         ids=lambda value: value[0].strip("-") if isinstance(value, list) else None,
     )
