@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +58,8 @@ def short():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerate_report, "SPEED_SECONDS", 0)
         patch.setattr(accelerate_report, "FEWEST_ROUNDS", 1)
-        patch.setitem(RECIPES["label-free"], "epochs", 2)
+        entry = RECIPES["label-free"]
+        patch.setitem(RECIPES, "label-free", replace(entry, recipe=replace(entry.recipe, epochs=2)))
         yield
 
 

@@ -55,8 +55,9 @@ from dynamicvit.models import (
 from dynamicvit.models.costs import dense_and_dynamic_gflops, solve_keep_rates
 from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
 from dynamicvit.models.stages import LOWEST_RATE
+from dynamicvit.optim import Trainer, build_trainer, pick_amp, precision_name
 from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from dynamicvit.recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer, pick_amp, precision_name
+from dynamicvit.recipe import Recipe, build_augmentation, build_recipe
 from dynamicvit.runs.checkpoints import BEST, LAST, Place, RunState, read_run, spec_of, temporary_path
 from dynamicvit.runs.run import Run, RunOptions, list_bad_images, log_model
 from dynamicvit.signals import Stopped, StopSignal

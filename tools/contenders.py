@@ -17,7 +17,8 @@ from dynamicvit.models.patches import project_by_product
 from dynamicvit.models.scorers import Look
 from dynamicvit.models.stages import FOR_SPEED, can_split, spread
 from dynamicvit.models.twins import dense_twin, twin
-from dynamicvit.recipe import AMP_DTYPES, build_augmentation, build_recipe, build_trainer
+from dynamicvit.optim import AMP_DTYPES, build_trainer
+from dynamicvit.recipe import build_augmentation, build_recipe
 from dynamicvit.tools.rivals import make_rival, nearest
 from dynamicvit.tools.timing import WARMUP_ROUNDS, Step
 from torch import Tensor, nn
