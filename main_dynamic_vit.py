@@ -23,7 +23,7 @@ from dynamicvit.datasets import (
     train_transform,
 )
 from dynamicvit.engine import evaluate
-from dynamicvit.errors import exit_status
+from dynamicvit.errors import advice, exit_status
 from dynamicvit.models import (
     ModelSpec,
     Teacher,
@@ -35,9 +35,9 @@ from dynamicvit.models import (
 )
 from dynamicvit.models.costs import dense_and_dynamic_gflops
 from dynamicvit.models.factory import image_size
-from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
+from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, published_weights, spec_of
 from dynamicvit.recipe import build_trainer, pick_amp, precision_name
-from dynamicvit.runs.checkpoints import RunState, read_run, spec_of
+from dynamicvit.runs.checkpoints import RunState, read_run
 from dynamicvit.runs.run import Run, list_bad_images, log_model, print_summary, report_accuracy
 from dynamicvit.signals import StopSignal
 from dynamicvit.utils import log
@@ -72,8 +72,9 @@ def main(args: Namespace) -> None:
     spec = model.spec  # with nothing left open
     if weights is not None and earlier is None:
         start = backbone_part(weights) if spec.dense else weights
-        for note in load_weights(model, start, new_head=spec.dense and not args.eval):
-            log(note)
+        with advice("see --arch, --input-size, --num-classes, --pruning-loc and --dense"):
+            for note in load_weights(model, start, new_head=spec.dense and not args.eval):
+                log(note)
     teaches = weights is not None and not spec.dense and (args.distill or args.eval)
     teacher = build_teacher(spec, weights).to(device) if teaches else None
     model.to(device)
@@ -94,7 +95,10 @@ def read_weights(args: Namespace, spec: ModelSpec, content: dict[str, Any], resu
     from_scratch = spec.dense and not args.pretrained and not args.eval
     if from_scratch or (resumed and not (args.pretrained if args.eval else args.distill)):
         return None
-    return find_weights(content) if content and not resumed else read_dense_weights(spec, args.pretrained)
+    if args.pretrained:
+        return find_weights(read_checkpoint(args.pretrained) if resumed else content)
+    with advice("or give --pretrained FILE (to train a backbone: --dense)"):
+        return published_weights(spec.arch)
 
 
 def evaluate_only(
@@ -108,12 +112,11 @@ def evaluate_only(
     """The checkpoint's weights and their moving average; or dense weights, then beside the dense model."""
     loader = build_validation(args, model.spec, source, device)
     transform = BatchTransform(device, model.spec.preprocessing.mean, model.spec.preprocessing.std)
-    entries = {"evaluated": find_weights(checkpoint) if checkpoint else None}
-    if checkpoint and checkpoint.get("model_ema"):
-        entries["moving average"] = find_weights(checkpoint["model_ema"])
-    for name, weights in entries.items():
-        for note in load_weights(model, weights) if weights is not None else ():
-            log(f"warning: {note}")
+    entries = {"evaluated": False} | ({"moving average": True} if checkpoint and checkpoint.get("model_ema") else {})
+    for name, averaged in entries.items():
+        with advice("see --arch, --input-size, --pruning-loc and --dense"):
+            for note in load_weights(model, checkpoint, moving_average=averaged) if checkpoint else ():
+                log(f"warning: {note}")
         dense = teacher.vit if teacher is not None else None
         stats = evaluate(model, loader, transform, device, pick_amp(args.amp, device), args.dist_eval, dense)
         report_accuracy(name, stats)

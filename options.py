@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamicvit.datasets import DATA_SETS, Augmentation, DataOptions
-from dynamicvit.errors import UserError
+from dynamicvit.errors import UserError, advice
 from dynamicvit.models import (
     ARCHS,
     REDUCERS,
@@ -22,10 +22,10 @@ from dynamicvit.models import (
     load_weights,
     read_checkpoint,
 )
-from dynamicvit.models.pretrained import num_classes_of
+from dynamicvit.models.pretrained import BEST, LAST, num_classes_of, settings_of, spec_of
 from dynamicvit.models.spec import SIZES
 from dynamicvit.recipe import AMP_DTYPES, RECIPES, Recipe
-from dynamicvit.runs.checkpoints import BEST, LAST, Place, settings_of, spec_of
+from dynamicvit.runs.checkpoints import Place
 from dynamicvit.runs.clocks import SaveClock
 from dynamicvit.runs.run import RunOptions
 from dynamicvit.utils import log, set_seed
@@ -426,7 +426,8 @@ def load_trained_model(args: argparse.Namespace) -> tuple[nn.Module, bool, dict[
         raise UserError(f"{path} is of a dense run; give a dynamic one with --resume (or --pretrained {path})")
     set_seed(0)  # untrained predictors that choose the same tokens tomorrow
     model = build_model(with_flags(args, base, args.dense))
-    notes = load_weights(model, weights)
+    with advice("see --arch, --input-size, --pruning-loc and --dense"):
+        notes = load_weights(model, content)
     for note in notes:
         log(note)
     log(f"{path}: {model.spec.arch}, {model.spec.num_classes} classes")

@@ -10,8 +10,9 @@ from dynamicvit.datasets import BatchTransform, fingerprint
 from dynamicvit.engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, Teacher, load_weights
+from dynamicvit.models.pretrained import BEST, LAST
 from dynamicvit.recipe import Trainer
-from dynamicvit.runs.checkpoints import BEST, LAST, Place, Progress, RunState
+from dynamicvit.runs.checkpoints import Place, Progress, RunState
 from dynamicvit.runs.clocks import Eta, SaveClock
 from dynamicvit.runs.output import Output
 from dynamicvit.signals import Stopped, StopSignal

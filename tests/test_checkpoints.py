@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dynamicvit.models import CheckpointError, create_model, find_weights, load_weights, read_checkpoint
 from dynamicvit.runs.checkpoints import write_checkpoint
 from safetensors.torch import save_file
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -22,8 +23,12 @@ StateDict = dict[str, Tensor]
 
 
 def build(arch: str = "deit_small", seed: int = 0, dense: bool = True, **changes) -> VisionTransformer:
+    """With position embeddings that show their grid, as trained ones do."""
     torch.manual_seed(seed)
-    return create_model(arch, dense=dense, pruning_loc=(1, 2), **(TINY | changes))
+    model = create_model(arch, dense=dense, pruning_loc=(1, 2), **(TINY | changes))
+    with torch.no_grad():
+        model.pos_embed[:, 1:] += build_sincos2d_pos_embed(model.patch_embed.grid_size, model.embed_dim)
+    return model
 
 
 def snapshot(model: VisionTransformer) -> StateDict:
@@ -135,7 +140,10 @@ def test_position_embeddings_are_interpolated(kind: str, img_size: int) -> None:
     source, model = build(kind), build(kind, seed=1, img_size=img_size)
     side = img_size // 8
     notes = load_weights(model, source.state_dict())
-    assert len(notes) == 1 and f"({side}, {side})" in notes[0]
+    assert (
+        len(notes) == 1
+        and f"from 4 x 4 to {side} x {side} patches: weights for 32 px, used at {img_size} px" in notes[0]
+    )
     # the class token's stays; the 16 patches' are an image of 4 x 4 pixels and 32 channels
     class_token, patches = source.pos_embed[:, :1], source.pos_embed[:, 1:]
     grid = patches.reshape(1, 4, 4, 32).permute(0, 3, 1, 2)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, read_checkpoint
+from dynamicvit.models.pretrained import known_arch, spec_of
 from dynamicvit.recipe import Recipe
-from dynamicvit.runs.checkpoints import known_arch, spec_of
 
 from dynamicvit import options
 

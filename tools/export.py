@@ -22,10 +22,9 @@ import torch
 from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import list_images, open_image
-from dynamicvit.models import ModelSpec, build_model, gives_embeddings
+from dynamicvit.models import ModelSpec, build_model, from_pretrained, gives_embeddings
 from dynamicvit.models.saved import config_text, data_config, first_line
 from dynamicvit.options import POSITIVE, OneLineParser, number
-from dynamicvit.runs.checkpoints import load_model
 from dynamicvit.tools.predict import METADATA, Runner, load_onnx, require_packages
 from dynamicvit.tools.timing import interleave
 from dynamicvit.utils import log
@@ -77,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     wanted = check(args)
-    model = load_model(args.model)
+    model = from_pretrained(args.model)
     images = read_images(model.spec, args.images)
     log(f"{args.model}: {model.spec.arch}; checked on {len(images)} {describe_images(args.images)}")
     batch = None if args.dynamic_batch else args.batch_size
