@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ class Progress:
 
     epoch: int = 0
     images: int = 0  # of this epoch, by all processes together
-    history: list[dict[str, Any]] = field(default_factory=list)  # what log.txt says, an entry an epoch
+    history: list[dict[str, int | float]] = field(default_factory=list)  # what log.txt says, an entry an epoch
     dense: dict[str, float] | None = None  # the teacher's own validation
     bad_images: list[str] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)  # fingerprints, by data set
@@ -60,12 +61,33 @@ class RunState:
         missing = sorted(needed - set(content))
         if "optimizer" in missing:
             raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
-        if missing or (content["epoch"] > 0 and not content["history"]) or not content["sums"]:
+        if missing or (content["epoch"] and not content["history"]) or not content["sums"]:
             lack = ", ".join(missing) or ("history" if content["sums"] else "sums")
             raise UserError(f"the file to resume lacks a part ({lack}); start from its weights with --pretrained")
+        hints = get_type_hints(cls) | get_type_hints(Progress)
+        wrong = [name for name in sorted((needed | known) & set(content)) if not fits(content[name], hints[name])]
+        if wrong:
+            raise UserError(
+                f"the file to resume is not whole ({wrong[0]} is none of a run's); start from its weights with "
+                "--pretrained"
+            )
         progress = Progress(**{name: content[name] for name in known if name in content})
         own = {f.name: content[f.name] for f in fields(cls) if f.name not in ("progress", "spec")}
         return cls(**own, spec=spec_of(content), progress=progress)
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether what a file holds is of a field's type; numbers are not negative where they are whole."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return any(fits(value, other) for other in inner)
+    if kind is dict:
+        return isinstance(value, dict) and all(fits(n, inner[0]) and fits(v, inner[1]) for n, v in value.items())
+    if kind is list:
+        return isinstance(value, list) and all(fits(entry, inner[0]) for entry in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and (hint is float or value >= 0)
+    return hint is Any or isinstance(value, hint)
 
 
 @dataclass(frozen=True)

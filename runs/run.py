@@ -215,7 +215,7 @@ def restore(trainer: Trainer, state: RunState) -> RunningMeans:
     decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
     try:
         trainer.optimizer.load_state_dict(state.optimizer)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever the file holds in its place
         raise UserError(
             "the run to resume trained a different kind of model; pass its checkpoint as --pretrained instead"
         ) from error
