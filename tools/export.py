@@ -23,7 +23,8 @@ from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import list_images, open_image
 from dynamicvit.models import ModelSpec, build_model, from_pretrained, gives_embeddings
-from dynamicvit.models.saved import config_text, data_config, first_line
+from dynamicvit.models.describe import data_config
+from dynamicvit.models.saved import config_text, first_line
 from dynamicvit.options import POSITIVE, OneLineParser, number
 from dynamicvit.tools.predict import METADATA, Runner, load_onnx, require_packages
 from dynamicvit.tools.timing import interleave

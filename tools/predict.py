@@ -23,7 +23,8 @@ from dynamicvit.datasets import class_names
 from dynamicvit.errors import ImageError, UserError, exit_status
 from dynamicvit.image_files import list_images, open_image
 from dynamicvit.models import ModelSpec, from_pretrained, gives_embeddings
-from dynamicvit.models.saved import data_config, first_line, parse_config
+from dynamicvit.models.describe import data_config
+from dynamicvit.models.saved import first_line, parse_config
 from dynamicvit.options import OneLineParser
 from dynamicvit.runs.checkpoints import temporary_path
 from timm.data import create_transform
