@@ -52,7 +52,7 @@ FOREIGN = {
     "transformers, whose layers have other names than timm's; load them with transformers, or take timm's of the "
     "same architecture",
 }
-ROOM = 2**30  # bytes that a model may need beyond twice those of its weights
+ROOM = 2**26  # bytes that a model may need beyond twice those of its weights
 CONFIRMED = 0.2  # mean similarity of neighbours from which position embeddings are taken for a grid
 # Mere data, which torch's reader would refuse. Files written with numpy 1 name its scalars otherwise.
 HARMLESS = [
@@ -232,7 +232,7 @@ def describe(content: Mapping[str, Any]) -> tuple[ModelSpec, nn.Module] | None:
     held = sum(value.numel() * 4 for value in find_weights(content).values())
     if needed > 2 * held + ROOM:
         raise CheckpointError(
-            f"the checkpoint describes a model of {needed / 2**30:.1f} GiB, but holds {held / 2**30:.1f} GiB of weights"
+            f"the checkpoint describes a model of {needed / 2**20:.0f} MiB, but holds {held / 2**20:.0f} MiB of weights"
         )
     return spec, model
 

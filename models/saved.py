@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,7 @@ from .spec import (
     ModelSpec,
     Preprocessing,
     StateDict,
+    as_tuples,
     check_values,
     one_side,
     plain,
@@ -91,24 +93,23 @@ def save_pretrained(
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if odd := [name for name, value in state.items() if value.isnan().any()]:
         raise CheckpointError(f"this model is not saved: {odd[0]} holds NaN, so its answers are none")
-    with registered(model, spec):
-        check_rebuilds(spec, model)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            weights.write_bytes(save(state, metadata={"format": "pt"}))  # save_file: readable for its owner alone
-            config.write_text(config_text(spec, sha256_of(weights), **notes))
-            flush(weights)
-            flush(config)
-            check_shapes(build_on_meta(read_config(config)[0], config), weights)
-            os.replace(weights, folder / WEIGHTS)
-            os.replace(config, folder / CONFIG)
-            if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(errors="replace"):
-                (folder / CARD).write_text(model_card(spec, folder.name, plain(notes)), encoding="utf-8")
-        except (OSError, RuntimeError, SafetensorError, ModelError) as error:
-            for path in (weights, config):
-                with suppress(OSError):
-                    path.unlink()
-            raise CheckpointError(f"cannot save the model in {folder} ({first_line(error)})") from error
+    check_rebuilds(spec, model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights.write_bytes(save(state, metadata={"format": "pt"}))  # save_file: readable for its owner alone
+        config.write_text(config_text(spec, sha256_of(weights), **notes))
+        flush(weights)
+        flush(config)
+        check_shapes(build_on_meta(read_config(config)[0], config), weights)
+        os.replace(weights, folder / WEIGHTS)
+        os.replace(config, folder / CONFIG)
+        if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(errors="replace"):
+            (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes)), encoding="utf-8")
+    except (OSError, RuntimeError, SafetensorError, ModelError) as error:
+        for path in (weights, config):
+            with suppress(OSError):
+                path.unlink()
+        raise CheckpointError(f"cannot save the model in {folder} ({first_line(error)})") from error
     for line in requirements(spec):
         logger.warning("%s: to load it, first %s", folder, line)
 
@@ -138,8 +139,8 @@ def push_to_hub(
         elif class_names is not None or notes:
             raise ModelError("class names and notes are those of the folder; give them to save_pretrained")
         spec, _ = read_saved(folder)  # nothing that could not be loaded is published
-        card = (folder / CARD).read_text() if (folder / CARD).is_file() else model_card(spec, folder.name, {})
-        card = card.replace(f'from_pretrained("{folder.name}")', f'from_pretrained("{name}")')
+        card = (folder / CARD).read_text() if (folder / CARD).is_file() else model_card(spec, folder.resolve().name, {})
+        card = card.replace(f'from_pretrained("{folder.resolve().name}")', f'from_pretrained("{name}")')
         files = {WEIGHTS: str(folder / WEIGHTS), CONFIG: str(folder / CONFIG), CARD: card.encode()}
         try:
             from huggingface_hub import CommitOperationAdd, HfApi  # slow to import, and needed here alone
@@ -152,22 +153,6 @@ def push_to_hub(
                 f"cannot publish {name} ({first_line(error)}); log in with `hf auth login`, or give token="
             ) from error
     return str(address)
-
-
-@contextmanager
-def registered(model: nn.Module, spec: ModelSpec) -> Iterator[None]:
-    """Within it the model's own scorer and reducer can be built by their names, registered or not."""
-    added = []
-    for kind, known in (("scorer", SCORERS), ("reducer", REDUCERS)):
-        name, method = getattr(spec, kind), getattr(model, kind, None)
-        if name not in known and getattr(method, "name", None) == name:
-            known[name] = method
-            added.append((known, name))
-    try:
-        yield
-    finally:
-        for known, name in added:
-            del known[name]
 
 
 def requirements(spec: ModelSpec) -> list[str]:
@@ -246,8 +231,8 @@ def settings(module: nn.Module) -> dict[str, Any]:
     """What a module was made with: heads, kernel sizes, pooling, rates and so on; nothing of what is for training."""
     if isinstance(module, INERT):
         return {}
-    plain = {n: v for n, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
-    return {n: v for n, v in plain.items() if n not in PASSING_STATE} | {"type": type(module).__name__}
+    simple = {n: v for n, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, np.generic))}
+    return {n: as_tuples(v) for n, v in simple.items() if n not in PASSING_STATE} | {"type": type(module).__name__}
 
 
 def shapes_of(state: StateDict) -> dict[str, tuple[int, ...]]:
@@ -285,7 +270,7 @@ def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str 
 def spec_of_timm(content: Mapping[str, Any]) -> ModelSpec:
     """Of the config.json that timm writes. Raises ModelError for what a description does not have."""
     weights, arguments = content["pretrained_cfg"], content.get("model_args", {})
-    if strange := sorted(set(arguments) - TIMM_ARGUMENTS):
+    if strange := [n for n in arguments if n not in TIMM_ARGUMENTS and (n, arguments[n]) != ("in_chans", 3)]:
         raise ModelError(f"timm's model was built with {strange[0]}; build it with timm, and make that dynamic")
     tagged = f"{content['architecture']}.{weights.get('tag')}"
     spec = ModelSpec(
@@ -293,7 +278,7 @@ def spec_of_timm(content: Mapping[str, Any]) -> ModelSpec:
         num_classes=content["num_classes"],
         img_size=arguments.get("img_size") or one_side(weights["input_size"][1:]),
         dense=True,
-        global_pool=content.get("global_pool"),
+        global_pool=arguments.get("global_pool"),
         sizes={name: arguments[name] for name in SIZES if name in arguments},
         preprocessing=Preprocessing(*(weights[name] for name in ("mean", "std", "crop_pct", "interpolation"))),
     )
