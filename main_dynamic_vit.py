@@ -20,8 +20,8 @@ from dynamicvit.datasets import (
     train_transform,
 )
 from dynamicvit.engine import evaluate
-from dynamicvit.errors import exit_status
-from dynamicvit.models import ModelSpec, Teacher, build_model, build_teacher, find_weights, load_weights
+from dynamicvit.errors import advice, exit_status
+from dynamicvit.models import ModelSpec, Teacher, build_model, build_teacher, load_weights
 from dynamicvit.models.costs import dense_and_dynamic_gflops
 from dynamicvit.models.pretrained import backbone_part
 from dynamicvit.optim import build_trainer, is_always_frozen, pick_amp, precision_name
@@ -47,8 +47,9 @@ def main(args: Namespace) -> None:
     model = build_model(start.spec, start.recipe.drop_path)
     if start.weights is not None and start.earlier is None:
         weights = backbone_part(start.weights) if start.spec.dense else start.weights
-        for note in load_weights(model, weights, new_head=start.spec.dense and not start.evaluating):
-            log(note)
+        with advice("see --arch, --input-size, --num-classes, --pruning-loc and --dense"):
+            for note in load_weights(model, weights, new_head=start.spec.dense and not start.evaluating):
+                log(note)
     teacher = build_teacher(model.spec, start.weights).to(device) if start.teaches else None
     gflops = dense_and_dynamic_gflops(model.to(device))
     log_model(model, gflops)
@@ -69,13 +70,12 @@ def evaluate_only(
     """The checkpoint's weights and their moving average; or dense weights, then beside the dense model."""
     loader = build_validation(start, model.spec, device)
     transform = BatchTransform(device, model.spec.preprocessing.mean, model.spec.preprocessing.std)
-    dense = teacher.vit if teacher is not None else None
-    entries = {"evaluated": find_weights(start.earlier) if start.earlier else None}
-    if start.earlier and start.earlier.get("model_ema"):
-        entries["moving average"] = find_weights(start.earlier["model_ema"])
-    for name, weights in entries.items():
-        for note in load_weights(model, weights) if weights is not None else ():
-            log(f"warning: {note}")
+    dense, earlier = teacher.vit if teacher is not None else None, start.earlier
+    entries = {"evaluated": False} | ({"moving average": True} if earlier and earlier.get("model_ema") else {})
+    for name, averaged in entries.items():
+        with advice("see --arch, --input-size, --pruning-loc and --dense"):
+            for note in load_weights(model, earlier, moving_average=averaged) if earlier else ():
+                log(f"warning: {note}")
         report_accuracy(name, evaluate(model, loader, transform, device, amp_dtype, start.data.dist_eval, dense))
     list_bad_images(loader.dataset.bad_images())
 

@@ -11,8 +11,9 @@ from dynamicvit.datasets import BatchTransform, fingerprint
 from dynamicvit.engine import Diverged, NotFinite, RunningMeans, evaluate, train_one_epoch, unwrap
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, Teacher, load_weights
+from dynamicvit.models.pretrained import BEST, LAST
 from dynamicvit.optim import Trainer
-from dynamicvit.runs.checkpoints import BEST, LAST, Place, Progress, RunState
+from dynamicvit.runs.checkpoints import Place, Progress, RunState
 from dynamicvit.runs.clocks import Eta, SaveClock
 from dynamicvit.runs.output import Output
 from dynamicvit.runs.tables import Column, Table
@@ -226,7 +227,7 @@ def restore(trainer: Trainer, state: RunState) -> RunningMeans:
     decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
     try:
         trainer.optimizer.load_state_dict(state.optimizer)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever the file holds in its place
         raise UserError(
             "the run to resume trained a different kind of model; pass its checkpoint as --pretrained instead"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from dynamicvit.datasets import Augmentation, DataOptions, build_source
-from dynamicvit.errors import UserError
+from dynamicvit.errors import UserError, advice
 from dynamicvit.models import (
     SCORERS,
     ModelSpec,
@@ -22,11 +22,11 @@ from dynamicvit.models import (
 )
 from dynamicvit.models.factory import image_size
 from dynamicvit.models.families import family_of
-from dynamicvit.models.pretrained import StateDict, num_classes_of, read_dense_weights
+from dynamicvit.models.pretrained import BEST, LAST, StateDict, num_classes_of, settings_of, spec_of
 from dynamicvit.models.spec import SIZES
 from dynamicvit.options import STEPS, ModelFlags, OneLineParser, add_flags, dashed, given, setting, settings_in, take
 from dynamicvit.recipe import RECIPES, Recipe
-from dynamicvit.runs.checkpoints import BEST, LAST, Place, read_run, settings_of, spec_of
+from dynamicvit.runs.checkpoints import Place, read_run
 from dynamicvit.runs.clocks import SaveClock
 from dynamicvit.utils import log, set_seed
 from torch import nn
@@ -306,7 +306,10 @@ def read_weights(
     from_scratch = spec.dense and not file and not evaluating
     if from_scratch or (resumed and not (file if evaluating else distill)):
         return None
-    return find_weights(content) if content and not resumed else read_dense_weights(spec, file)
+    if file:
+        return find_weights(read_checkpoint(file) if resumed else content)
+    with advice("or give --pretrained FILE (to train a backbone: --dense)"):
+        return published_weights(spec.arch)
 
 
 def count_classes(flags: Flags, known: int, trained: int | None) -> int:
@@ -358,7 +361,8 @@ def load_trained_model(args: Namespace) -> tuple[nn.Module, bool, dict[str, Any]
         raise UserError(f"{source} is of a dense run; give a dynamic one with --resume (or --pretrained {source})")
     set_seed(0)  # untrained predictors that choose the same tokens tomorrow
     model = build_model(with_flags(flags, base, flags.dense))
-    notes = load_weights(model, weights)
+    with advice("see --arch, --input-size, --pruning-loc and --dense"):
+        notes = load_weights(model, content)
     for note in notes:
         log(note)
     log(f"{source}: {model.spec.arch}, {model.spec.num_classes} classes")

@@ -10,6 +10,7 @@ import pytest
 from dynamicvit.datasets import Augmentation
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, read_checkpoint
+from dynamicvit.models.pretrained import known_arch, spec_of
 from dynamicvit.options import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -23,7 +24,6 @@ from dynamicvit.options import (
 )
 from dynamicvit.recipe import RECIPES, Recipe
 from dynamicvit.runs import start
-from dynamicvit.runs.checkpoints import known_arch, spec_of
 from dynamicvit.tools import sweep, visualize
 
 BEFORE_SPECS = Path(__file__).parent / "run_before_specs.ckpt"

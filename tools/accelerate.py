@@ -38,10 +38,9 @@ from dynamicvit.datasets import (
     train_transform,
 )
 from dynamicvit.engine import accumulate_gradients, copy_statistics, update_weights
-from dynamicvit.errors import ImageError, UserError, exit_status
+from dynamicvit.errors import ImageError, UserError, advice, exit_status
 from dynamicvit.image_files import UNREADABLE, ImageFiles, open_image
 from dynamicvit.models import (
-    CheckpointError,
     ModelSpec,
     Teacher,
     build_model,
@@ -53,12 +52,20 @@ from dynamicvit.models import (
     save_pretrained,
 )
 from dynamicvit.models.costs import dense_and_dynamic_gflops, solve_keep_rates
-from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
+from dynamicvit.models.pretrained import (
+    BEST,
+    LAST,
+    StateDict,
+    backbone_part,
+    num_classes_of,
+    published_weights,
+    spec_of,
+)
 from dynamicvit.models.stages import LOWEST_RATE
 from dynamicvit.optim import Trainer, build_trainer, pick_amp, precision_name
 from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from dynamicvit.recipe import Recipe, build_augmentation, build_recipe
-from dynamicvit.runs.checkpoints import BEST, LAST, Place, RunState, read_run, spec_of, temporary_path
+from dynamicvit.runs.checkpoints import Place, RunState, read_run, temporary_path
 from dynamicvit.runs.run import Run, RunOptions, list_bad_images, log_model
 from dynamicvit.signals import Stopped, StopSignal
 from dynamicvit.tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
@@ -119,7 +126,8 @@ def main(args: argparse.Namespace) -> None:
     weights = dense_weights(spec, content)
     settings = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     fast = build_model(spec)
-    load_weights(fast, weights)
+    for note in load_weights(fast, weights):
+        log(note)
     fast.to(device)
     teacher = build_teacher(fast.spec, weights).to(device)
     notes = claim(args.output, settings)  # now that nothing in the command is wrong
@@ -173,10 +181,8 @@ def describe(name: str, content: dict[str, Any] | None, input_size: int | None) 
 def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> StateDict:
     """From the file, or the published ones. Raises CheckpointError if they cannot be had."""
     if content is None:
-        try:
-            return read_dense_weights(spec, None)
-        except CheckpointError as error:  # it speaks of another command's flag
-            raise CheckpointError(str(error).replace("--pretrained", "--weights")) from error
+        with advice("or give --weights FILE"):
+            return published_weights(spec.arch)
     weights = find_weights(content)
     backbone = backbone_part(weights)
     if len(backbone) < len(weights):
