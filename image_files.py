@@ -51,8 +51,12 @@ class ImageFiles(Dataset):
         return ((self.path(i), label) for i, label in enumerate(self.labels))
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Any image file, in RGB. Raises an ImageError that names the file if it cannot be read."""
+def open_image(path: str | Path, short_side: int | None = None) -> Image.Image:
+    """Any image file, in RGB. Raises an ImageError that names the file if it cannot be read.
+
+    short_side: pixels that are enough for height and width; a JPEG that has several times as many is decoded at
+    an eighth, a quarter or half of its size, which takes a fraction of the time. None: as it is.
+    """
     try:
         with warnings.catch_warnings():
             # Broken EXIF and palette transparency do not change the pixels that we use, but an
@@ -60,6 +64,8 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if short_side is not None:
+                    image.draft("RGB", (short_side, short_side))
                 return image.convert("RGB")
     except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0].replace(f" {str(path)!r}", "")

@@ -16,14 +16,14 @@ from conftest import ONE_THREAD, ROOT, TORCHRUN, launch, write_images
 from dynamicvit.datasets import AugmentedDataset, classes_fit
 from dynamicvit.errors import exit_status
 from dynamicvit.recipe import RECIPES
-from dynamicvit.tools import accelerate, accelerate_report
+from dynamicvit.tools import accelerate, comparison, finetune, speedup, splits
 from safetensors.torch import load_file
 
 from dynamicvit import engine, models
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 TWO_CLASSES = models.ModelSpec(num_classes=2)
-QUICK = "--speedup 1.3 --num-workers 0 --device cpu --batch-size 8".split()
+QUICK = "--flops-speedup 1.3 --num-workers 0 --device cpu --batch-size 8".split()
 
 
 def save_weights(path: Path, num_classes: int) -> Path:
@@ -55,8 +55,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short():
     """Two epochs, and no measuring of speeds for seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accelerate_report, "SPEED_SECONDS", 0)
-        patch.setattr(accelerate_report, "FEWEST_ROUNDS", 1)
+        patch.setattr(speedup, "SECONDS", 0)
+        patch.setattr(speedup, "MIN_ROUNDS", 1)
         patch.setitem(RECIPES["label-free"], "epochs", 2)
         yield
 
