@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from dynamicvit.datasets import DATA_SETS, Augmentation, DataOptions
 from dynamicvit.errors import UserError
@@ -89,8 +89,10 @@ RENAMED = {
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, and takes no abbreviations, which a new flag could make ambiguous."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=DefaultsHelp, allow_abbrev=False, **kwargs)
+    command: ClassVar[str] = ""  # in place of every prog, where commands go by another name (dynamicvit train)
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog=self.command or prog, formatter_class=DefaultsHelp, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
         raise UserError(message)

@@ -16,7 +16,7 @@ from conftest import ONE_THREAD, ROOT, TORCHRUN, launch, write_images
 from dynamicvit.datasets import AugmentedDataset, classes_fit
 from dynamicvit.errors import exit_status
 from dynamicvit.recipe import RECIPES
-from dynamicvit.tools import accelerate, comparison, finetune, speedup, splits
+from dynamicvit.tools import accelerate, speedup
 from safetensors.torch import load_file
 
 from dynamicvit import engine, models

@@ -18,8 +18,8 @@ from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, geometric_keep_rates, make_dynamic
 from dynamicvit.models.flops import LOWEST_RATE, count_gflops, solve_keep_rates
 from dynamicvit.recipe import pick_amp, precision_name
-from dynamicvit.tools.timing import WARMUP_ROUNDS, hardware, interleave, time_turn
 from dynamicvit.tools.splits import PROGRESS_SECONDS
+from dynamicvit.tools.timing import WARMUP_ROUNDS, hardware, interleave, time_turn
 from dynamicvit.utils import log
 from torch import Tensor, nn
 
@@ -231,9 +231,7 @@ def time_ratios(deployment: Deployment, size: int | tuple[int, int], models: dic
 
 
 @torch.inference_mode()
-def time_models(
-    deployment: Deployment, size: int | tuple[int, int], models: dict[str, nn.Module]
-) -> dict[str, float]:
+def time_models(deployment: Deployment, size: int | tuple[int, int], models: dict[str, nn.Module]) -> dict[str, float]:
     """Seconds for a batch by model. models: in the deployment's precision, on its device.
 
     The least of several rounds, as whatever else the machine does can only add to it.
