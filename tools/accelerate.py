@@ -179,7 +179,7 @@ class Acceleration:
         return likeness_of(self.spec).distance(*answers).mean().item()
 
     def predict(self, model: nn.Module, images: Decoded) -> Answers:
-        """Its outputs for the images. Raises UserError at a signal, as there is no model yet to keep."""
+        """Its outputs for the images. Raises Stopped at a signal, as there is no model yet to keep."""
         batches = images.loader(self.use.batch_size, self.use.device.type == "cuda")
         shown = self.until_stopped(with_progress(batches, len(batches), "measuring"))
         how = self.spec.preprocessing
@@ -188,7 +188,7 @@ class Acceleration:
     def until_stopped(self, batches: Iterable) -> Iterator:
         for batch in batches:
             if self.stop.received:
-                raise UserError(f"{self.stop.name} received before there was a model; run the same command again")
+                raise Stopped(f"{self.stop.name} received before there was a model; run the same command again")
             yield batch
 
     def measure(self) -> None:
