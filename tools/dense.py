@@ -15,6 +15,7 @@ from dynamicvit.models import (
     ModelSpec,
     Preprocessing,
     build_model,
+    describe,
     find_weights,
     from_pretrained,
     load_weights,
@@ -23,7 +24,7 @@ from dynamicvit.models import (
 )
 from dynamicvit.models.factory import image_size
 from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
-from dynamicvit.models.saved import check_values, describe_model
+from dynamicvit.models.saved import check_values
 from dynamicvit.runs.checkpoints import spec_of
 from dynamicvit.tools.splits import Images
 from torch import nn
@@ -74,7 +75,7 @@ def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list
 
 def as_dense(model: nn.Module) -> nn.Module:
     """A copy that may be changed; of a dynamic model its backbone."""
-    spec = describe_model(model, None)
+    spec = describe(model)
     if not spec.dense:
         dense = build_model(spec.as_dense())
         load_weights(dense, backbone_part(model.state_dict()))
@@ -87,7 +88,7 @@ def as_dense(model: nn.Module) -> nn.Module:
 def build_by_name(name: str, own: Own) -> tuple[nn.Module, list[str]]:
     check_name(name)
     content = read_checkpoint(own.weights) if own.weights else None
-    spec = describe(name, content, own.input_size)
+    spec = spec_by_name(name, content, own.input_size)
     weights, notes = dense_weights(spec, content)
     dense = build_model(spec)
     return dense, [*notes, *load_weights(dense, weights)]
@@ -103,7 +104,7 @@ def check_name(name: str) -> None:
     raise UserError(f"no model is called {name}{hint}")
 
 
-def describe(name: str, content: dict[str, Any] | None, input_size: int | None) -> ModelSpec:
+def spec_by_name(name: str, content: dict[str, Any] | None, input_size: int | None) -> ModelSpec:
     """The dense model of this name, as described in the weights file if it has a description."""
     described = spec_of(content) if content else None
     spec = described if described is not None and described.arch == name else ModelSpec(name)

@@ -16,22 +16,24 @@ import numpy as np
 import torch
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, geometric_keep_rates, make_dynamic
-from dynamicvit.models.flops import LOWEST_RATE, count_gflops, solve_keep_rates
+from dynamicvit.models.families import family_of
+from dynamicvit.models.flops import count_gflops
+from dynamicvit.models.spatial import SpatialAdapter
+from dynamicvit.models.stages import FEWEST_TOKENS, FOR_SPEED, LOWEST_RATE, can_split, spread
 from dynamicvit.recipe import pick_amp, precision_name
 from dynamicvit.tools.splits import PROGRESS_SECONDS
 from dynamicvit.tools.timing import WARMUP_ROUNDS, hardware, interleave, time_turn
 from dynamicvit.utils import log
 from torch import Tensor, nn
 
-STAGE_COUNTS = (9, 5, 3)  # layouts that are timed; all from a quarter of the depth on
-MIN_KEEP = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much
+STAGE_COUNTS = (9, 5, 3)  # of the layouts that are timed, at most
 TIMINGS = 3  # at most, with rates that follow from those before
 TOLERANCE = 0.02  # of a speed-up: what timing cannot tell
 CLOSE_ENOUGH = 0.05  # above the wish; slower would be more like the dense model
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 6.0, 5, 30  # of a timing
 BUSY = 1.3  # median over least time, above which something else is going on
 GPU_TURN_SECONDS = 0.05  # in which a GPU's queue fills
-RATES = np.linspace(LOWEST_RATE, 1, 8)  # shares of its tokens that a stage keeps, whose cost is counted
+RATES = np.linspace(LOWEST_RATE, 1, 5)  # shares of its tokens that a stage keeps, whose cost is counted
 DENSE = "dense"
 
 Ratios = dict[str, float]  # times as fast as the dense model, by name
@@ -78,17 +80,20 @@ class Wish:
                 raise UserError(f"a {name.replace('_', '-')} must be above 1 (and below 100), got {value:g}")
 
 
-def layouts(dense: ModelSpec, depth: int, pruning_loc: Sequence[int] | None) -> list[ModelSpec]:
-    """Dynamic models that keep all tokens yet: stages at each block from a quarter of the depth on, and at fewer."""
-    first = max(1, depth // 4)
-    counts = dict.fromkeys(min(count, depth - first) for count in STAGE_COUNTS)
-    places = [tuple(pruning_loc)] if pruning_loc else [spread(first, depth, count) for count in counts]
-    merging = replace(dense, dense=False, scorer="distinct", reducer="merge")
-    return [replace(merging, pruning_loc=place, keep_rates=(1.0,) * len(place)) for place in dict.fromkeys(places)]
-
-
-def spread(first: int, depth: int, count: int) -> tuple[int, ...]:
-    return tuple(first + stage * (depth - first) // count for stage in range(count))
+def layouts(dense: nn.Module, pruning_loc: Sequence[int] | None) -> list[ModelSpec]:
+    """Descriptions of dynamic models that keep all tokens yet: with as many stages as the library would choose, and
+    with fewer, which take less time. Raises UserError for a model without transformer blocks."""
+    try:
+        family = family_of(dense)
+        depth = len(family.blocks(dense))
+    except ValueError as error:
+        raise UserError(f"{dense.spec.arch} has no transformer blocks to merge tokens between: give a ViT") from error
+    if isinstance(family, SpatialAdapter) or depth < 3:
+        raise UserError(f"{dense.spec.arch} has no transformer blocks to merge tokens between: give a ViT")
+    where = FOR_SPEED.place if can_split(dense, family) else "before"
+    chosen = [spread(depth, where, most) for most in STAGE_COUNTS] if pruning_loc is None else [tuple(pruning_loc)]
+    merging = replace(dense.spec, dense=False, scorer=FOR_SPEED.scorer, reducer=FOR_SPEED.reducer, place=where)
+    return [replace(merging, pruning_loc=loc, keep_rates=(1.0,) * len(loc)) for loc in dict.fromkeys(chosen)]
 
 
 def choose_spec(dense: nn.Module, wish: Wish, timer: Timer, distance: Callable[[nn.Module], float]) -> ModelSpec:
@@ -96,30 +101,21 @@ def choose_spec(dense: nn.Module, wish: Wish, timer: Timer, distance: Callable[[
 
     Raises UserError for a wish that cannot be met, and says which one can.
     """
-    depth = len(getattr(dense, "blocks", ()))
-    if depth < 2:
-        raise UserError(f"{dense.spec.arch} has no transformer blocks to merge tokens between: give a ViT")
-    specs = layouts(dense.spec, depth, wish.pruning_loc)
+    specs = layouts(dense, wish.pruning_loc)
+    stages = len(specs[0].pruning_loc)
     if wish.keep_rates is not None:
         return replace(specs[0], keep_rates=wish.keep_rates)
     if wish.base_rate is not None:
-        return replace(specs[0], keep_rates=geometric_keep_rates(wish.base_rate, len(specs[0].pruning_loc)))
+        return replace(specs[0], keep_rates=geometric_keep_rates(wish.base_rate, stages))
     if wish.flops_speedup is not None:
-        return spec_by_flops(dense, specs[0], wish.flops_speedup)
+        loc = specs[0].pruning_loc
+        try:
+            fast = make_dynamic(share_weights(dense), loc, speedup=wish.flops_speedup, place=specs[0].place)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return replace(specs[0], keep_rates=fast.keep_rates)
     log(f"choosing among {len(specs)} layouts of stages by time")
     return choose_by_time([Layout.of(dense, spec) for spec in specs], dense, wish.speedup, timer, distance)
-
-
-def spec_by_flops(dense: nn.Module, spec: ModelSpec, speedup: float) -> ModelSpec:
-    """As choose_spec, for so many times fewer multiply-adds."""
-    limit = 1 / Layout.of(dense, spec).costs[0]
-    if speedup > limit:
-        raise UserError(
-            f"at most {floor(limit)} times fewer multiply-adds can be had of {spec.arch}, got {speedup:g}: "
-            "beyond that too few tokens are left (by hand: pruning-loc and base-rate)"
-        )
-    gflops = count_gflops(dense, spec.img_size) / speedup
-    return replace(spec, keep_rates=solve_keep_rates(spec, gflops, MIN_KEEP))
 
 
 @dataclass
@@ -135,10 +131,10 @@ class Layout:
     @classmethod
     def of(cls, dense: nn.Module, spec: ModelSpec) -> "Layout":
         model, size = make_faster(share_weights(dense), spec).eval(), spec.img_size
-        shapes = copy.deepcopy(model).to("meta")
-        dense_gflops, costs = count_gflops(dense, size), []
+        shapes, dense_shapes = (copy.deepcopy(each).to("meta", torch.float32) for each in (model, dense))
+        dense_gflops, costs = count_gflops(dense_shapes, size), []
         for rate in RATES:
-            shapes.set_keep_rates(geometric_keep_rates(rate, len(spec.pruning_loc), MIN_KEEP))
+            shapes.set_keep_rates(geometric_keep_rates(rate, len(spec.pruning_loc), FEWEST_TOKENS))
             costs.append(count_gflops(shapes, size) / dense_gflops)
         return cls(spec, model, costs)
 
@@ -146,7 +142,7 @@ class Layout:
         """Rates at which the model costs about so much, or as little as it can."""
         self.cost = min(max(cost, self.costs[0]), self.costs[-1])
         rate = float(np.interp(self.cost, self.costs, RATES))
-        rates = geometric_keep_rates(rate, len(self.spec.pruning_loc), MIN_KEEP)
+        rates = geometric_keep_rates(rate, len(self.spec.pruning_loc), FEWEST_TOKENS)
         self.spec = replace(self.spec, keep_rates=rates)
         self.model.set_keep_rates(rates)
 
@@ -218,9 +214,10 @@ def share_weights(model: nn.Module) -> nn.Module:
 
 def make_faster(dense: nn.Module, spec: ModelSpec) -> nn.Module:
     """Makes the dense model dynamic, in place, as spec says."""
-    fast = make_dynamic(dense, spec.pruning_loc, spec.keep_rates, spec.scorer, spec.reducer)
-    fast.spec = spec
-    return fast
+    try:
+        return make_dynamic(dense, spec.pruning_loc, spec.keep_rates, spec.scorer, spec.reducer, place=spec.place)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @torch.inference_mode()
