@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from dynamicvit.datasets import BatchTransform
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import Teacher
@@ -161,7 +160,8 @@ class Acceleration:
         """The faster model, before any training: the one that an earlier run chose, or by the clock."""
         use, spec = self.use, self.folder.spec
         # The teacher's modules may be set up otherwise; what is timed is the model as it is used.
-        self.as_used = share_weights(self.dense) if use.amp_dtype is None else to_type(self.dense, use.amp_dtype)
+        as_used = share_weights(self.dense) if use.amp_dtype is None else copy.deepcopy(self.dense)
+        self.as_used = as_used.to(use.amp_dtype)
         if spec is None:
             timer = partial(time_ratios, use, self.spec.img_size)
             spec = choose_spec(self.as_used, self.request.wish, timer, self.distance)
@@ -251,10 +251,6 @@ class Acceleration:
         if stopped is not None:
             raise Stopped(f"{stopped}; {self.folder.folder} holds the best so far")
         return self.fast.eval(), self.report
-
-
-def to_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(model).to(dtype)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from dynamicvit.utils import log
 from torch import Tensor, nn
 
 STAGE_COUNTS = (9, 5, 3)  # of the layouts that are timed, at most
-TIMINGS = 3  # at most, with rates that follow from those before
+TIMINGS, MAX_TIMINGS = 3, 6  # each with rates that follow from those before; more than 3 while no layout is fast enough
 TOLERANCE = 0.02  # of a speed-up: what timing cannot tell
 CLOSE_ENOUGH = 0.05  # above the wish; slower would be more like the dense model
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 6.0, 5, 30  # of a timing
@@ -155,9 +155,12 @@ class Layout:
         """As measured last."""
         return 1 / self.seen[-1][1]
 
+    def meets(self, speedup: float) -> bool:
+        return self.speedup >= (1 - TOLERANCE) * speedup
+
     def is_settled(self, speedup: float) -> bool:
         at_limit = self.cost == self.costs[0] and self.speedup < speedup
-        return at_limit or (1 - TOLERANCE) * speedup <= self.speedup <= (1 + CLOSE_ENOUGH) * speedup
+        return at_limit or (self.meets(speedup) and self.speedup <= (1 + CLOSE_ENOUGH) * speedup)
 
     def aim(self, speedup: float) -> None:
         """Sets the cost that should take the time wished for, on the line through the last two measurements."""
@@ -174,9 +177,9 @@ def choose_by_time(
     """As choose_spec, for a speed-up in time."""
     for layout in found:
         layout.set_cost(1 / speedup)
-    for timing in range(TIMINGS):
+    for timing in range(MAX_TIMINGS):
         unsettled = [layout for layout in found if not layout.seen or not layout.is_settled(speedup)]
-        if not unsettled:
+        if not unsettled or (timing >= TIMINGS and any(layout.meets(speedup) for layout in found)):
             break
         for layout in unsettled if timing else ():
             layout.aim(speedup)
@@ -187,7 +190,7 @@ def choose_by_time(
                 f"{layout.name}, {1 / layout.cost:.2f} times fewer multiply-adds: "
                 f"{layout.speedup:.2f} times as fast as the dense model"
             )
-    met = [layout for layout in found if layout.speedup >= (1 - TOLERANCE) * speedup]
+    met = [layout for layout in found if layout.meets(speedup)]
     if not met:
         raise UserError(cannot_be_met(speedup, max(layout.speedup for layout in found)))
     best = met[0] if len(met) == 1 else min(met, key=lambda layout: distance(layout.model))
