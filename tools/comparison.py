@@ -124,6 +124,8 @@ class Comparison:
         row: Row = {"images": len(answers.outputs)}
         for figure, values in self.likeness.figures(answers, self.answers[DENSE].outputs).items():
             row[figure], row[f"{figure}_error"] = summarise(values)
+            if name == DENSE and figure != "top1":
+                del row[f"{figure}_error"]  # it is compared with itself
         self.rows[name] = row | {"gflops": self.gflops["dense" if name == DENSE else "dynamic"]}
         return f"{name}: " + ", ".join(f"{NAMES[figure]} {in_words(row, figure)}" for figure in NAMES if figure in row)
 
