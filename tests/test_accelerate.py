@@ -130,7 +130,7 @@ def test_whole_command_on_labelled_images(weights: Path, photos: Path, tmp_path:
     assert all(row[f"images_per_s_{size}"] > 0 for row in report["rows"].values() for size in (1, 8))
     assert report["saved"] == min(("merged", "fine-tuned"), key=lambda name: report["rows"][name]["kl"])
     assert str(tmp_path) not in json.dumps(report)  # it may be published
-    assert "training" in result.stdout and "delete" in result.stdout
+    assert "training" in result.stdout and "may be deleted" in result.stdout
     page = (tmp_path / "fast" / "report.html").read_text()
     assert str(tmp_path) not in page
     assert "<script" not in page and not re.search(r"(src|href)=['\"](?!data:)", page)
@@ -371,6 +371,9 @@ def test_unwritable_output_is_one_line(weights: Path, photos: Path, capsys) -> N
     assert "cannot write to the output" in one_line_error(capsys)
     assert run(weights, photos, "") == 2
     assert "--output" in one_line_error(capsys)
+    for empty in ({"images": ""}, {"images": photos, "output": ""}, {"images": photos, "weights": ""}):
+        with pytest.raises(UserError, match="empty"):
+            dynamicvit.accelerate(dense_model(), **empty)
 
 
 def test_without_network_weights_can_be_given(photos: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -470,11 +473,14 @@ def test_a_slower_model_is_called_slower_first() -> None:
 # --- In Python
 
 
-def test_a_model_object_is_left_as_it_is(photos: Path) -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=64, depth=4)
+def test_a_model_object_or_folder_is_left_as_it_is(photos: Path, tmp_path: Path) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=2, img_size=64)
     before = {name: value.clone() for name, value in vit.state_dict().items()}
     fast, report = dynamicvit.accelerate(vit, sorted(photos.rglob("*.jpg")), steps=2, **FAST)
     assert_equal(vit.state_dict(), before)
+    models.save_pretrained(vit, tmp_path / "dense")
+    again, _ = dynamicvit.accelerate(str(tmp_path / "dense"), photos, minutes=0, **FAST)
+    assert again.spec.num_classes == 2
     assert not hasattr(vit, "pruning_loc") and fast.spec.reducer == "merge" and not fast.training
     assert report.saved in ("merged", "fine-tuned") and "top1" not in report.rows["dense"]
 

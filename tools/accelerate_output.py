@@ -96,7 +96,7 @@ class OutputFolder:
             "photos: look before you publish it"
         )
         if TRAINING in sizes:
-            log(f"{self.training} ({megabytes(sizes[TRAINING])}) is for going on after an interruption: delete it")
+            log(f"{self.training} ({megabytes(sizes[TRAINING])}) is for resuming alone: it may be deleted")
 
 
 def check_writable(folder: Path) -> None:

@@ -19,7 +19,6 @@ from dynamicvit.models import (
     find_weights,
     from_pretrained,
     load_weights,
-    looks_like_saved,
     read_checkpoint,
 )
 from dynamicvit.models.factory import image_size
@@ -41,6 +40,10 @@ class Own:
     std: Sequence[float] | None = None
     crop_pct: float | None = None
 
+    def __post_init__(self) -> None:
+        if "" in (str(self.weights), str(self.class_names)):
+            raise UserError("the name of the weights or of the class names is empty")
+
     def preprocessing(self, known: Preprocessing) -> Preprocessing:
         given = {name: getattr(self, name) for name in ("mean", "std", "crop_pct")}
         given = {name: value for name, value in given.items() if value is not None}
@@ -60,7 +63,7 @@ class Own:
 
 def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list[str]]:
     """The dense model with its weights, and notes on what was adapted or assumed. A user's object is copied."""
-    if isinstance(model, nn.Module) or looks_like_saved(model):
+    if isinstance(model, nn.Module) or not is_name(str(model)):
         if own.weights or own.input_size:
             raise UserError("the model comes with its weights and its size: they belong to a model's name alone")
         module = model if isinstance(model, nn.Module) else from_pretrained(model)
@@ -92,6 +95,11 @@ def build_by_name(name: str, own: Own) -> tuple[nn.Module, list[str]]:
     weights, notes = dense_weights(spec, content)
     dense = build_model(spec)
     return dense, [*notes, *load_weights(dense, weights)]
+
+
+def is_name(model: str) -> bool:
+    """Of an architecture, and not a folder, a file or user/name on the Hugging Face hub."""
+    return model in ARCHS or timm.is_model(model) or not (Path(model).exists() or "/" in model)
 
 
 def check_name(name: str) -> None:

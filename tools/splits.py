@@ -108,6 +108,8 @@ def split_images(images: Images, spec: ModelSpec) -> Split:
     """
     if isinstance(images, DataLoader):
         return split_loader(images, spec)
+    if not str(images):
+        raise UserError("the name of the folder of images is empty")
     folder = Path(images) if isinstance(images, (str, Path)) else None
     found = read_images(folder, spec) if folder else ImageFiles(((str(p), IGNORED_LABEL) for p in images), (), Path())
     labelled = classes_fit(spec, found.classes)
