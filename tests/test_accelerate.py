@@ -19,6 +19,7 @@ from conftest import ONE_THREAD, ROOT, TORCHRUN, launch, write_images
 from dynamicvit.datasets import AugmentedDataset, classes_fit, eval_transform
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import ImageFiles
+from dynamicvit.models.stages import FOR_SPEED
 from dynamicvit.recipe import RECIPES
 from dynamicvit.signals import Stopped
 from dynamicvit.tools import accelerate, accelerate_output, accelerate_report, comparison, finetune, speedup, splits
@@ -135,7 +136,7 @@ def test_whole_command_on_labelled_images(weights: Path, photos: Path, tmp_path:
     assert str(tmp_path) not in page
     assert "<script" not in page and not re.search(r"(src|href)=['\"](?!data:)", page)
     model = models.from_pretrained(tmp_path / "fast")
-    assert model.spec.reducer == "merge" and model.spec.class_names == ("cats", "dogs")
+    assert model.spec.reducer == FOR_SPEED.reducer and model.spec.class_names == ("cats", "dogs")
 
 
 def test_flat_folder_needs_no_labels(weights: Path, photos: Path, tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_can_go_on(
         interrupt_at(5, patch, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Stopped, match="holds the best so far"):
             call(weights, photos, tmp_path / "fast", "--steps", "6")
-    assert models.from_pretrained(tmp_path / "fast").spec.reducer == "merge"
+    assert models.from_pretrained(tmp_path / "fast").spec.reducer == FOR_SPEED.reducer
     assert run(weights, photos, tmp_path / "fast", "--steps", "6") == 0
     assert_equal(best_weights(tmp_path / "fast"), best_weights(undisturbed))
 
@@ -481,7 +482,7 @@ def test_a_model_object_or_folder_is_left_as_it_is(photos: Path, tmp_path: Path)
     models.save_pretrained(vit, tmp_path / "dense")
     again, _ = dynamicvit.accelerate(str(tmp_path / "dense"), photos, minutes=0, **FAST)
     assert again.spec.num_classes == 2
-    assert not hasattr(vit, "pruning_loc") and fast.spec.reducer == "merge" and not fast.training
+    assert not hasattr(vit, "pruning_loc") and fast.spec.reducer == FOR_SPEED.reducer and not fast.training
     assert report.saved in ("merged", "fine-tuned") and "top1" not in report.rows["dense"]
 
 

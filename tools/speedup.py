@@ -19,19 +19,20 @@ from dynamicvit.models import ModelSpec, geometric_keep_rates, make_dynamic
 from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.spatial import SpatialAdapter
-from dynamicvit.models.stages import FEWEST_TOKENS, FOR_SPEED, LOWEST_RATE, can_split, spread
+from dynamicvit.models.stages import FEWEST_TOKENS, FOR_SPEED, LOWEST_RATE, MAX_STAGES, can_split, spread
 from dynamicvit.recipe import pick_amp, precision_name
 from dynamicvit.tools.splits import PROGRESS_SECONDS
 from dynamicvit.tools.timing import WARMUP_ROUNDS, hardware, interleave, time_turn
 from dynamicvit.utils import log
 from torch import Tensor, nn
 
-STAGE_COUNTS = (9, 5, 3)  # of the layouts that are timed, at most
+STAGE_COUNTS = (MAX_STAGES, 5, 3)  # of the layouts that are timed, at most
 TIMINGS, MAX_TIMINGS = 3, 6  # each with rates that follow from those before; more than 3 while no layout is fast enough
 TOLERANCE = 0.02  # of a speed-up: what timing cannot tell
 CLOSE_ENOUGH = 0.05  # above the wish; slower would be more like the dense model
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 6.0, 5, 30  # of a timing
 BUSY = 1.3  # median over least time, above which something else is going on
+USUAL_SPEEDUP = 1.5  # by which stages are placed whose rates are given by hand
 GPU_TURN_SECONDS = 0.05  # in which a GPU's queue fills
 RATES = np.linspace(LOWEST_RATE, 1, 5)  # shares of its tokens that a stage keeps, whose cost is counted
 DENSE = "dense"
@@ -80,7 +81,7 @@ class Wish:
                 raise UserError(f"a {name.replace('_', '-')} must be above 1 (and below 100), got {value:g}")
 
 
-def layouts(dense: nn.Module, pruning_loc: Sequence[int] | None) -> list[ModelSpec]:
+def layouts(dense: nn.Module, wish: Wish) -> list[ModelSpec]:
     """Descriptions of dynamic models that keep all tokens yet: with as many stages as the library would choose, and
     with fewer, which take less time. Raises UserError for a model without transformer blocks."""
     try:
@@ -91,7 +92,10 @@ def layouts(dense: nn.Module, pruning_loc: Sequence[int] | None) -> list[ModelSp
     if isinstance(family, SpatialAdapter) or depth < 3:
         raise UserError(f"{dense.spec.arch} has no transformer blocks to merge tokens between: give a ViT")
     where = FOR_SPEED.place if can_split(dense, family) else "before"
-    chosen = [spread(depth, where, most) for most in STAGE_COUNTS] if pruning_loc is None else [tuple(pruning_loc)]
+    counts = STAGE_COUNTS if wish.keep_rates is None else [len(wish.keep_rates)]
+    chosen = [spread(depth, wish.speedup or USUAL_SPEEDUP, where, count) for count in counts]
+    if wish.pruning_loc is not None:
+        chosen = [wish.pruning_loc]
     merging = replace(dense.spec, dense=False, scorer=FOR_SPEED.scorer, reducer=FOR_SPEED.reducer, place=where)
     return [replace(merging, pruning_loc=loc, keep_rates=(1.0,) * len(loc)) for loc in dict.fromkeys(chosen)]
 
@@ -101,19 +105,18 @@ def choose_spec(dense: nn.Module, wish: Wish, timer: Timer, distance: Callable[[
 
     Raises UserError for a wish that cannot be met, and says which one can.
     """
-    specs = layouts(dense, wish.pruning_loc)
+    specs = layouts(dense, wish)
     stages = len(specs[0].pruning_loc)
     if wish.keep_rates is not None:
         return replace(specs[0], keep_rates=wish.keep_rates)
     if wish.base_rate is not None:
         return replace(specs[0], keep_rates=geometric_keep_rates(wish.base_rate, stages))
     if wish.flops_speedup is not None:
-        loc = specs[0].pruning_loc
         try:
-            fast = make_dynamic(share_weights(dense), loc, speedup=wish.flops_speedup, place=specs[0].place)
+            fast = make_dynamic(share_weights(dense), wish.pruning_loc, speedup=wish.flops_speedup)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return replace(specs[0], keep_rates=fast.keep_rates)
+        return replace(specs[0], pruning_loc=fast.pruning_loc, keep_rates=fast.keep_rates, place=fast.place)
     log(f"choosing among {len(specs)} layouts of stages by time")
     return choose_by_time([Layout.of(dense, spec) for spec in specs], dense, wish.speedup, timer, distance)
 
