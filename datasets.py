@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import ImageError, UserError
-from dynamicvit.image_files import ImageFiles, class_folders, list_images, scan
+from dynamicvit.image_files import ImageFiles, class_folders, kind, list_images, report_left_out, scan
 from dynamicvit.models.spec import ModelSpec, Preprocessing
 from dynamicvit.samplers import TrainSampler
 from dynamicvit.signals import ignore_stop_signals
@@ -43,11 +44,15 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which data set. num_classes: of the model, None for as many as the data set has."""
+    """Which data set. num_classes: of the model, None for as many as the data set has.
+
+    exif: whether photos are turned upright as their EXIF data says, which torchvision's ImageFolder does not do.
+    """
 
     data_set: str = "IMNET"
     data_path: str = ""
     num_classes: int | None = None
+    exif: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,9 +172,9 @@ def find_source(train: bool, options: DataOptions, size: Size, labelled: bool) -
     if options.data_set in ("CIFAR", "CIFAR10"):
         return read_cifar(root, train, CIFAR100 if options.data_set == "CIFAR" else CIFAR10)
     if options.data_set in ("INAT", "INAT19"):
-        return read_inaturalist(root, train, year=2018 if options.data_set == "INAT" else 2019)
+        return read_inaturalist(root, train, 2018 if options.data_set == "INAT" else 2019, options.exif)
     if options.data_set == "IMNET":
-        return read_train_or_val(root, train, options.num_classes, labelled)
+        return read_train_or_val(root, train, options.num_classes, labelled, options.exif)
     raise UserError(f"unknown --data-set {options.data_set}; known: {', '.join(DATA_SETS)}")
 
 
@@ -226,7 +231,7 @@ def read_cifar(root: Path, train: bool, kind: type[CIFAR10]) -> CIFAR10:
         ) from error
 
 
-def read_train_or_val(root: Path, train: bool, num_classes: int | None, labelled: bool) -> ImageFiles:
+def read_train_or_val(root: Path, train: bool, num_classes: int | None, labelled: bool, upright: bool) -> ImageFiles:
     """ImageNet's layout: root/train/<class>/* and root/val/<class>/*; classes are those in train/, if it has any."""
     folder = root / ("train" if train else "val")
     if not folder.is_dir():
@@ -235,7 +240,8 @@ def read_train_or_val(root: Path, train: bool, num_classes: int | None, labelled
             f"no folder {folder}; the layout of --data-path is {root}/train/{wanted[0]} and {root}/val/{wanted[1]}"
         )
     training = root / "train"
-    return read_folder(folder, num_classes, labelled, class_folders(training) if training.is_dir() else (), root)
+    classes = class_folders(training) if training.is_dir() else ()
+    return read_folder(folder, num_classes, labelled, classes, root, upright)
 
 
 def read_folder(
@@ -244,20 +250,22 @@ def read_folder(
     labelled: bool = True,
     classes: Sequence[str] = (),
     root: Path | None = None,
+    upright: bool = True,
 ) -> ImageFiles:
     """The images below a folder, labelled by the class folders that they lie in.
 
     Labels are ranks in classes (by default: of the folders found). Folders that are all WordNet ids
     of ImageNet-1k take their ImageNet indices, though some may be missing, unless num_classes asks
     for a model of another size. labelled: as in build_source; if False, a folder without class
-    folders, or with images beside them, has no labels. root: see ImageFiles.
+    folders, or with images beside them, has no labels. root, upright: see ImageFiles.
+    Files of other kinds are counted in one line.
     """
-    beside, _ = scan(folder)
+    beside, _, others = scan(folder)
     found = class_folders(folder)
     if not labelled and (beside or not found):
         if found:
             log(f"warning: {folder} holds images beside its folders, so these are no classes, and no image has a label")
-        return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder)
+        return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder, upright)
     if not found:
         raise UserError(
             f"no class folders in {folder}; images belong in {folder}/<class>/ "
@@ -271,15 +279,19 @@ def read_folder(
     if strangers:
         raise UserError(f"classes in {folder} that {root}/train does not have: {', '.join(strangers[:5])}")
     label_of = {name: label for label, name in enumerate(classes)}
-    samples = ((path, label_of[name]) for name in found for path in list_images(folder / name))
-    files = ImageFiles(samples, classes, root or folder)
+    left_out = Counter(map(kind, others))
+    samples = ((path, label_of[name]) for name in found for path in list_images(folder / name, left_out))
+    files = ImageFiles(samples, classes, root or folder, upright)
+    report_left_out(folder, left_out)
+    if beside:
+        log(f"warning: {len(beside)} image(s) in {folder} lie in no class folder and are left out")
     empty = set(found) - {classes[label] for label in set(files.labels)}
     if empty and len(files) > 0:
         log(f"warning: class folders without images in {folder}: {', '.join(sorted(empty))}")
     return files
 
 
-def read_inaturalist(root: Path, train: bool, year: int) -> ImageFiles:
+def read_inaturalist(root: Path, train: bool, year: int, upright: bool) -> ImageFiles:
     """iNaturalist 2018 or 2019 by its own JSON files; labels in DeiT's order, by first appearance."""
     try:
         train_json = read_json(root / f"train{year}.json")
@@ -287,9 +299,10 @@ def read_inaturalist(root: Path, train: bool, year: int) -> ImageFiles:
         for annotation in train_json["annotations"]:
             labels.setdefault(annotation["category_id"], len(labels))
         listing = train_json if train else read_json(root / f"val{year}.json")
-        names = {c["id"]: c["name"] for c in read_json(root / "categories.json")}
-        return ImageFiles(inaturalist_samples(root, listing, labels), [names[category] for category in labels], root)
-    except (KeyError, TypeError) as error:
+        names = {c["id"]: str(c["name"]) for c in read_json(root / "categories.json")}
+        samples = inaturalist_samples(root, listing, labels)
+        return ImageFiles(samples, [names[category] for category in labels], root, upright)
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: of paths that no file can have
         raise UserError(f"the JSON files in {root} are not iNaturalist's ({error!r})") from error
 
 
@@ -305,7 +318,7 @@ def inaturalist_samples(root: Path, listing: dict, labels: dict[int, int]) -> It
 def read_json(path: Path) -> dict | list:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}; iNaturalist needs train*.json, val*.json, categories.json") from error
 
 

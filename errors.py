@@ -1,14 +1,23 @@
 """Errors that users can fix: one line, what is wrong and what to do, and exit status 2."""
 
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from dynamicvit.models import ModelError
-from dynamicvit.signals import Stopped, die_of_stop_signals, end_loader_processes, ignore_stop_signals
-from dynamicvit.utils import LaunchError, is_main_process, log
+from dynamicvit.signals import (
+    NOTICE,
+    Stopped,
+    StopSignal,
+    die_of,
+    die_of_stop_signals,
+    end_loader_processes,
+    ignore_stop_signals,
+    raise_on_interrupt,
+    say_and_die,
+)
+from dynamicvit.utils import LaunchError, log, say_once
 
 
 class UserError(Exception):
@@ -24,20 +33,37 @@ class ImageError(LocalError):
 
 
 def exit_status(command: Callable[[], None]) -> int:
-    """Runs it, with what users can fix said in one line. Returns the program's exit status."""
+    """Runs it, with what users can fix said in one line. Returns the program's exit status.
+
+    0: done, or stopped by a scheduler's notice with all saved. 2: the user's error. What another signal has stopped
+    ends by that signal after its line, so that a shell's loop or `&&` stops, too.
+    """
+    print_anywhere()
+    is_command = raise_on_interrupt()
+    if is_command:
+        sys.unraisablehook = without_noise
     try:
-        command()
+        try:
+            command()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a pipe that nobody reads is no traceback
         return 0
     except Stopped as stopped:
         ignore_stop_signals()
         log(str(stopped))
+        end_loader_processes()
+        if StopSignal.last not in ("", NOTICE):
+            die_of(StopSignal.last)
         return 0
+    except BrokenPipeError:
+        end_loader_processes()
+        die_of("SIGPIPE")
     except (Exception, KeyboardInterrupt) as error:
         die_of_stop_signals()
         end_loader_processes()  # before their loaders are taken apart, of which they would complain
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr, flush=True)
-            return 2
+            say_and_die()
         known = for_the_user(error)
         if known is None:
             raise
@@ -45,6 +71,24 @@ def exit_status(command: Callable[[], None]) -> int:
         return 2
     finally:
         end_loader_processes()
+        if is_command:
+            die_of_stop_signals()  # what is left is Python's own end, which would show a traceback
+
+
+def print_anywhere() -> None:
+    """Lets every name be printed on every terminal: what it has no letter for, as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def without_noise(raised: "sys.UnraisableHookArgs") -> None:
+    """For what is raised where nothing can catch it: Ctrl-C ends the program there, too, and a loader that is taken
+    apart after its processes are gone is no news."""
+    if isinstance(raised.exc_value, KeyboardInterrupt):
+        say_and_die()
+    if "DataLoader" not in getattr(raised.object, "__qualname__", ""):
+        sys.__unraisablehook__(raised)
 
 
 def for_the_user(error: Exception) -> Exception | None:
@@ -53,6 +97,8 @@ def for_the_user(error: Exception) -> Exception | None:
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return LocalError("out of GPU memory; lower --batch-size (in training, raise --update-freq to match)")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return LocalError("out of memory; lower --batch-size or --num-workers, or end other programs")
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return LocalError(f"a loader process died, most likely because memory ran out ({error}); lower --num-workers")
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
@@ -61,9 +107,9 @@ def for_the_user(error: Exception) -> Exception | None:
 
 
 def print_error(error: Exception) -> None:
-    """One line on stderr; from one process only, where all of them met the same error."""
-    if not is_main_process() and not isinstance(error, LocalError):
-        time.sleep(5)  # if rank 0 met the same, the launcher now ends this process
+    """One line on stderr; from one process only, where several meet the same error."""
     # a loader process's error comes with its traceback before it
     message = (str(error).splitlines() or [type(error).__name__])[-1].removeprefix("errors.ImageError: ")
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with say_once(message) as chosen:
+        if chosen or isinstance(error, LocalError):
+            print(f"error: {message}", file=sys.stderr, flush=True)

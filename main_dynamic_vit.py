@@ -1,5 +1,10 @@
 """Trains and evaluates DynamicViT models, and the dense backbones that they start from."""
 
+if __name__ == "__main__":
+    from dynamicvit.signals import end_on_interrupt
+
+    end_on_interrupt()
+
 import sys
 from argparse import Namespace
 from dataclasses import replace

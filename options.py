@@ -203,6 +203,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out images that cannot be read, and list them at the end",
     )
+    add(
+        "--exif",
+        action=argparse.BooleanOptionalAction,
+        default=DataOptions.exif,
+        help="turn photos upright as their EXIF data says (ImageFolder, and so the published runs, do not)",
+    )
     add("--dist-eval", action="store_true", help="split the validation images among the processes")
 
 

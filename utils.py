@@ -1,11 +1,13 @@
 """Processes and seeds: what every training script needs and no method is about."""
 
+import hashlib
 import os
 import random
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import numpy as np
@@ -15,6 +17,8 @@ import torch.distributed as dist
 TIMEOUT_SECONDS = 1800  # for each exchange between processes
 START_SECONDS = 300  # for all of them to have started
 WARN_SECONDS = 60  # after which those that have not started are named
+MAX_PROCESSES = 1_000_000
+SAY_SECONDS = 60  # to wait for another process to say what has happened
 
 
 class LaunchError(RuntimeError):
@@ -51,10 +55,20 @@ def launched_by_torchrun() -> bool:
             f"{there} set in the environment, but not {', '.join(missing)}: "
             "start several processes with torchrun, or unset it for one"
         )
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ[name].isdigit():
-            raise LaunchError(f"{name}={os.environ[name]} in the environment is not a number; start with torchrun")
+    world_size = whole_number("WORLD_SIZE", 1, MAX_PROCESSES)
+    whole_number("RANK", 0, world_size - 1)
+    whole_number("MASTER_PORT", 1, 65535)
     return True
+
+
+def whole_number(name: str, lowest: int, highest: int) -> int:
+    """A variable of the launcher's. Raises LaunchError if it is none, or out of range."""
+    text = os.environ[name]
+    if not (text.isascii() and text.isdecimal() and lowest <= int(text) <= highest):
+        raise LaunchError(
+            f"{name}={text} in the environment is not a whole number from {lowest} to {highest}; start with torchrun"
+        )
+    return int(text)
 
 
 def connect(rank: int, world_size: int) -> dist.Store:
@@ -121,7 +135,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError("--device cuda, but torch sees no GPU here; use --device cpu")
-    index = int(os.environ.get("LOCAL_RANK", 0))
+    index = whole_number("LOCAL_RANK", 0, MAX_PROCESSES) if "LOCAL_RANK" in os.environ else 0
     if index >= torch.cuda.device_count():
         raise LaunchError(f"more processes than the {torch.cuda.device_count()} GPU(s) here; lower --nproc_per_node")
     return torch.device("cuda", index)
@@ -144,6 +158,33 @@ def log(message: str) -> None:
     """Prints, on rank 0 only."""
     if is_main_process():
         print(message, flush=True)
+
+
+@contextmanager
+def say_once(message: str) -> Iterator[bool]:
+    """Gives True in the first of torchrun's processes that comes with this message, however slow the others are.
+
+    These get False, and wait at the end of the block for the first one to end its own, as torchrun may kill it once
+    one of them is gone. Without torchrun every process is the first.
+    """
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        with suppress(dist.DistError, RuntimeError, ValueError, KeyError):  # of a launcher that is gone
+            wait = timedelta(seconds=SAY_SECONDS)
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(host, port, is_master=False, timeout=wait, wait_for_workers=False)
+    if store is None:
+        yield True
+        return
+    digest = hashlib.sha256(message.encode(errors="backslashreplace")).hexdigest()
+    key = f"{digest} after restart {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    is_first = store.add(f"said {key}", 1) == 1
+    yield is_first
+    with suppress(dist.DistError, RuntimeError):
+        if is_first:
+            store.set(f"heard {key}", "")
+        else:
+            store.wait([f"heard {key}"])
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:

@@ -72,10 +72,10 @@ def kill_all(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def finish(process: subprocess.Popen) -> str:
-    """What a process that has to succeed says until its end."""
+def finish(process: subprocess.Popen, number: int = 0) -> str:
+    """What a process says until its end, which has to be its success, or this signal's."""
     output = process.stdout.read()
-    assert process.wait() == 0, output
+    assert process.wait() == (0 if number == signal.SIGUSR1 else -number), output
     return output
 
 
@@ -138,7 +138,7 @@ def test_signalled_again_and_again(seed: int, options: list[str], undisturbed: P
         signalled = time.monotonic()
         time.sleep(0.05)
         process.send_signal(number)  # a launcher passes on what the processes have got already
-        output = finish(process)
+        output = finish(process, number)
         assert time.monotonic() - signalled < 20
         assert f"{number.name} received: saved" in output
         assert_whole(tmp_path)
@@ -152,7 +152,7 @@ def test_no_room_for_a_file(limit: int, options: list[str], undisturbed: Path, t
     process = start(options, tmp_path)
     after_steps(process, random.Random(limit))
     process.terminate()
-    finish(process)
+    finish(process, signal.SIGTERM)
     before = (tmp_path / "run" / LAST).read_bytes()
     process = start(options, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     output = process.stdout.read()

@@ -254,7 +254,7 @@ class Acceleration:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="accelerate", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="accelerate", description=(__doc__ or "").split("\n")[0])
     add, share = parser.add_argument, number(float, KEEP_RATE)
     add("model", help="one of timm's names, or of ours (deit_small, ...), or a folder of save_pretrained's")
     add("--images", type=path, required=True, help="a folder; class folders in it are used only for the report")

@@ -88,7 +88,7 @@ class Settings:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="benchmark", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="benchmark", description=(__doc__ or "").split("\n")[0])
     rate = number(float, KEEP_RATE)
     parser.add_argument("--arch", default="deit_small", help="one of ours, or a timm name")
     parser.add_argument("--base-rate", type=rate, default=0.7, help="share of its tokens that each stage keeps")

@@ -9,6 +9,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from dynamicvit.signals import end_on_interrupt
+
 COMMANDS = {  # module, and what it does
     "accelerate": ("dynamicvit.tools.accelerate", "makes a trained ViT faster, from a folder of photos without labels"),
     "predict": ("dynamicvit.tools.predict", "says what a model sees in photos"),
@@ -30,6 +32,8 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status. Only the command that is asked for is imported, as torch takes seconds."""
+    if argv is None:
+        end_on_interrupt()
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
         print(usage())

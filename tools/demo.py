@@ -57,7 +57,7 @@ MERGED = {"scorer": "attention", "reducer": "merge", "pruning_loc": (2, 3, 4, 5,
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="demo", description=__doc__.split("\n")[0]).parse_args()
+    argparse.ArgumentParser(prog="demo", description=(__doc__ or "").split("\n")[0]).parse_args()
     signal.signal(signal.SIGINT, lambda *_: None)  # the training gets it too, and saves
     started = time.monotonic()
     for name, title, flags in (("dense", "1. A dense ViT", DENSE), ("dynamic", "2. The same, made dynamic", DYNAMIC)):

@@ -52,7 +52,7 @@ assert "timm" not in sys.modules
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="export", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="saved model's or run's folder, checkpoint, or user/name on the hub")
     parser.add_argument(
         "--onnx", type=Path, metavar="FILE.onnx", help="for ONNX Runtime and everything that reads ONNX"

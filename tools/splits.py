@@ -56,7 +56,7 @@ class PhotoFiles(ImageFiles):
         self.short_side = short_side
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return open_image(self.path(index), short_side=self.short_side), self.labels[index]
+        return open_image(self.path(index), self.upright, self.short_side), self.labels[index]
 
 
 class LoaderImages(Dataset):

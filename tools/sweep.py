@@ -96,7 +96,7 @@ class Answers(NamedTuple):
 
 
 def build_parser() -> OneLineParser:
-    parser = OneLineParser(prog="sweep", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="sweep", description=(__doc__ or "").split("\n")[0])
     add_model_flags(parser)
     add = parser.add_argument
     add("--resume", help="a checkpoint or a run's folder, where --pretrained is not given (default: the newest run)")

@@ -34,7 +34,7 @@ PANEL_SIZE = 224  # pixels; smaller images are enlarged to about this
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.OneLineParser(prog="visualize", description=__doc__.split("\n\n")[0])
+    parser = options.OneLineParser(prog="visualize", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("source", metavar="IMAGE_OR_FOLDER", help="what to draw; SHAPES draws generated images")
     add("--resume", help="checkpoint, or folder of a run (default: the newest run under logs/)")
