@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from dynamicvit.errors import UserError
 from dynamicvit.models import ARCHS, REDUCERS, SCORERS
@@ -178,8 +178,10 @@ def check_settings(instance: Any) -> None:
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line, and takes no abbreviations, which a new flag could make ambiguous."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=DefaultsHelp, allow_abbrev=False, **kwargs)
+    command: ClassVar[str] = ""  # in place of every prog, where commands go by another name (dynamicvit train)
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog=self.command or prog, formatter_class=DefaultsHelp, allow_abbrev=False, **kwargs)
         self.groups: dict[str, Any] = {}
         self.exclusions: list[tuple[Sequence[str], str]] = []
 

@@ -26,7 +26,7 @@ from dynamicvit.models import ModelSpec, from_pretrained, gives_embeddings
 from dynamicvit.models.describe import data_config
 from dynamicvit.models.saved import first_line, parse_config
 from dynamicvit.options import OneLineParser
-from dynamicvit.runs.checkpoints import temporary_path
+from dynamicvit.runs.whole import temporary_path
 from timm.data import create_transform
 from torch import Tensor
 
