@@ -22,7 +22,7 @@ from dynamicvit.models import (
 )
 from dynamicvit.models.factory import image_size
 from dynamicvit.models.families import family_of
-from dynamicvit.models.pretrained import BEST, LAST, StateDict, num_classes_of, settings_of, spec_of
+from dynamicvit.models.pretrained import BEST, LAST, StateDict, num_classes_of, published_weights, settings_of, spec_of
 from dynamicvit.models.spec import SIZES
 from dynamicvit.options import STEPS, ModelFlags, OneLineParser, add_flags, dashed, given, setting, settings_in, take
 from dynamicvit.recipe import RECIPES, Recipe

@@ -122,7 +122,7 @@ def spec_by_name(name: str, content: dict[str, Any] | None, input_size: int | No
 def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> tuple[StateDict, list[str]]:
     """From the file, or the published ones; with notes. Raises CheckpointError if they cannot be had."""
     if content is None:
-        with advice("or give weights of your own: --weights FILE"):
+        with advice("or give --weights FILE"):
             return published_weights(spec.arch), []
     weights = find_weights(content)
     backbone = backbone_part(weights)
