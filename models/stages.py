@@ -27,7 +27,7 @@ BISECTIONS = 16
 class Choice:
     """What is taken where nothing else is said."""
 
-    scorer: str = "distinct"
+    scorer: str = "distinct_few"
     reducer: str = "merge_length"
     place: str = "inside"
 

@@ -111,7 +111,7 @@ def test_speedup_is_all_that_is_needed() -> None:
     dense = build(depth=8)
     gflops = count_gflops(dense, 64)
     model = make_dynamic(dense, speedup=1.3)
-    assert model.scorer == "distinct" and model.reducer.merges and model.place == "inside"
+    assert model.scorer == "distinct_few" and model.reducer.merges and model.place == "inside"
     assert gflops / count_gflops(model, 64) == pytest.approx(1.3, rel=0.06)  # 16 tokens leave in whole numbers
     assert model(IMAGES).shape == (2, 5)
     for wish in (0.9, 1.0, 50.0):
