@@ -76,7 +76,7 @@ class NoScorer(Scorer):
 class CutOff(Reducer):
     """Keeps the first tokens, whatever they show: what any reducer costs at least."""
 
-    name = "cut off"
+    name = "cut_off"
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
         kept = torch.arange(num_keep, device=x.device).expand(x.shape[0], -1)
