@@ -247,6 +247,7 @@ class Acceleration:
             if self.outcome and self.outcome.is_tuned:
                 log("fine-tuning did not help on the images held back: the model is left as it was")
             self.fast.load_state_dict(self.dense.state_dict())
+        self.fast.set_distilled_training(False)  # in a user's own training loop it answers with logits
         self.folder.finish(self.report, self.fast, self.comparison, self.held_back)
         log(str(self.report))
         if stopped is not None:
