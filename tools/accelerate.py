@@ -26,7 +26,7 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import Teacher
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.optim import AMP_DTYPES, precision_name
-from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
+from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number, path
 from dynamicvit.recipe import build_recipe
 from dynamicvit.runs.run import log_model
 from dynamicvit.signals import Stopped, StopSignal
@@ -281,12 +281,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=number(int, SEED), default=0)
     return parser
-
-
-def path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(text)
 
 
 def command(argv: Sequence[str] | None = None) -> None:
