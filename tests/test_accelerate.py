@@ -485,6 +485,7 @@ def test_a_model_object_or_folder_is_left_as_it_is(photos: Path, tmp_path: Path)
     again, _ = dynamicvit.accelerate(str(tmp_path / "dense"), photos, minutes=0, **FAST)
     assert again.spec.num_classes == 2
     assert not hasattr(vit, "pruning_loc") and fast.spec.reducer == FOR_SPEED.reducer and not fast.training
+    assert fast.train()(torch.randn(2, 3, 64, 64)).shape == (2, 2)  # logits, for a user's own training
     assert report.saved in ("merged", "fine-tuned") and "top1" not in report.rows["dense"]
 
 

@@ -26,7 +26,7 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import Teacher
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.optim import AMP_DTYPES, precision_name
-from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
+from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number, path
 from dynamicvit.recipe import build_recipe
 from dynamicvit.runs.run import log_model
 from dynamicvit.signals import Stopped, StopSignal
@@ -247,6 +247,7 @@ class Acceleration:
             if self.outcome and self.outcome.is_tuned:
                 log("fine-tuning did not help on the images held back: the model is left as it was")
             self.fast.load_state_dict(self.dense.state_dict())
+        self.fast.set_distilled_training(False)  # in a user's own training loop it answers with logits
         self.folder.finish(self.report, self.fast, self.comparison, self.held_back)
         log(str(self.report))
         if stopped is not None:
@@ -280,12 +281,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=number(int, SEED), default=0)
     return parser
-
-
-def path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(text)
 
 
 def command(argv: Sequence[str] | None = None) -> None:

@@ -79,7 +79,6 @@ class FineTuning:
     ) -> None:
         self.recipe, self.num_workers, self.val_loader = recipe, num_workers, val_loader
         self.model, self.teacher, self.training = model, teacher, training
-        model.set_distilled_training(True)
         self.device = next(model.parameters()).device
         self.augmentation = build_augmentation(RECIPE)
 
