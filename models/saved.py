@@ -25,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from . import huggingface
 from .describe import data_config, describe
 from .factory import ARCHS, build_model
+from .families import make_dynamic
 from .spec import CheckpointError, ModelError, ModelSpec, StateDict
 from .version import __version__
 
@@ -50,8 +52,12 @@ def save_pretrained(
     model: from create_model or from_pretrained, or a timm model, made dynamic or not. notes: how the
     model was made (recipe="...", accuracy=...), kept for the reader. A folder that could not be written
     to its end is refused by from_pretrained. Raises ModelError if the model could not be built again from
-    its description, or nothing can be written.
+    its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
+    the stages in its config.
     """
+    if isinstance(model, huggingface.PreTrainedVisionModel):
+        huggingface.save(model, folder, class_names, notes)
+        return
     spec = describe_model(model, class_names)
     check_rebuilds(spec, model)
     folder = Path(folder)
@@ -84,12 +90,26 @@ def from_pretrained(source: str | Path, revision: str | None = None) -> nn.Modul
         raise CheckpointError(f"{source} is not a saved model's folder (checkpoints.load_model reads checkpoints)")
     if not folder.is_dir():
         folder = download(str(source), revision)
+    if huggingface.is_saved_by_transformers(folder):
+        return load_transformers(folder)
     spec, weights = read_saved(folder)
     model = build_model(spec)
     model.load_state_dict(weights)
     if spec.dense:  # a dynamic model has them by itself
         model.data_config, model.class_names = data_config(model.spec), model.spec.class_names
     return model.eval()
+
+
+def load_transformers(folder: Path) -> nn.Module:
+    """The dynamic model that transformers has written, with the stages that its config has."""
+    model = huggingface.load_dense(folder)
+    stages = huggingface.stages_in(model, folder)
+    try:
+        make_dynamic(model, **stages)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its {CONFIG} has stages that cannot be ({first_line(error)})") from error
+    huggingface.load_predictors(model, folder)
+    return model
 
 
 def looks_like_saved(path: str | Path) -> bool:
