@@ -135,10 +135,8 @@ class Pass:
     def start(self, x: Tensor) -> None:
         """x: (B, P+N, C), the tokens before the first layer."""
         model = self.model
-        if model.training and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
-            raise ValueError(
-                "a dynamic transformers model keeps all for the backward pass: gradient_checkpointing_disable()"
-            )
+        if model.training and torch.is_grad_enabled() and is_checkpointing(model):
+            raise ValueError("no gradient checkpointing with stages: model.gradient_checkpointing_disable()")
         if model.restore not in RESTORE:
             raise ValueError(f"restore is {', '.join(RESTORE)}; got {model.restore!r}")
         unread = model.reads_class_token_alone and self.callers[:1] == [model]
@@ -193,6 +191,11 @@ class Pass:
             return self.keep_decisions[-1].detach()
         stages = self.forward.stages
         return torch.zeros_like(stages[0].scores, dtype=torch.float32).scatter(1, stages[-1].patches, 1.0)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether layers run again in the backward pass, where the pass that they were part of is over."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 class Passes(threading.local):
