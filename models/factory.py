@@ -15,6 +15,7 @@ from . import spatial
 from .families import FAMILIES, Family, family_of, make_dynamic
 from .lvvit import LVViT
 from .spec import ModelError, ModelSpec, Preprocessing, one_side
+from .vit import ViTAdapter
 
 DeiT = partial(VisionTransformer, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 IMAGE_TEXT = ("clip", "siglip", "pe_core")  # in timm's names of models that were trained on images with texts
@@ -206,7 +207,7 @@ def family_of_name(arch: str) -> Family:
         with torch.device("meta"):
             return family_of(build_known(ModelSpec(arch), 0.0)[0])
     module = timm.model_entrypoint(arch).__module__
-    return next((family for family in FAMILIES if family.backbone.__module__ == module), FAMILIES[-1])
+    return next((family for family in FAMILIES if family.backbone.__module__ == module), ViTAdapter())
 
 
 def default_pruning_loc(spec: ModelSpec, family: Family, backbone: nn.Module) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .dynamic import Plan
 from .eva import EvaAdapter
+from .huggingface import HuggingFaceAdapter
 from .lvvit import LVViTAdapter
 from .reducers import REDUCERS, Reducer
 from .scorers import SCORERS, Scorer
@@ -19,9 +20,9 @@ from .spatial import ADAPTERS, SpatialAdapter
 from .stages import FOR_SPEED, choose
 from .vit import ViTAdapter
 
-Family = ViTAdapter | SpatialAdapter
+Family = ViTAdapter | SpatialAdapter | HuggingFaceAdapter
 # The first that fits: LVViT is a VisionTransformer too.
-FAMILIES: list[Family] = [LVViTAdapter(), EvaAdapter(), *ADAPTERS, ViTAdapter()]
+FAMILIES: list[Family] = [LVViTAdapter(), EvaAdapter(), *ADAPTERS, ViTAdapter(), HuggingFaceAdapter()]
 
 
 def family_of(backbone: nn.Module) -> Family:

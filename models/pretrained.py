@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from . import huggingface
 from .describe import data_config
 from .factory import ARCHS, build_model, check_known
-from .families import family_of
+from .families import family_of, make_dynamic
 from .saved import (
     build_on_meta,
     download,
@@ -74,6 +75,8 @@ def from_pretrained(
     (None if they were not saved); and notes, what was adapted or chosen, which are logged as well.
     Raises CheckpointError for anything missing or not fitting.
     """
+    if str(source) and huggingface.is_saved_by_transformers(Path(source)):
+        return load_transformers(Path(source))
     content = read_checkpoint(source, revision)
     spec = spec_of(content)
     if spec is None:
@@ -88,6 +91,18 @@ def from_pretrained(
     if spec.dense:  # a dynamic model has them by itself
         model.data_config, model.class_names = data_config(model.spec), model.spec.class_names
     return model.eval()
+
+
+def load_transformers(folder: Path) -> nn.Module:
+    """The dynamic model that transformers has written, with the stages that its config has."""
+    model = huggingface.load_dense(folder)
+    stages = huggingface.stages_in(model, folder)
+    try:
+        make_dynamic(model, **stages)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its config.json has stages that cannot be ({first_line(error)})") from error
+    huggingface.load_predictors(model, folder)
+    return model
 
 
 def load_weights(

@@ -29,6 +29,7 @@ from timm.layers import DropPath, PatchDropout
 from timm.models import is_model_pretrained
 from torch import nn
 
+from . import huggingface
 from .card import CARD_MARK, model_card
 from .describe import describe
 from .factory import ARCHS, build_model
@@ -85,8 +86,12 @@ def save_pretrained(
     model was made and what it does (recipe="...", accuracy=...), kept for the reader. What was written is read
     back before it gets its name; a folder that could not be written to its end is refused by from_pretrained.
     A README.md that somebody else wrote is left as it is. Raises ModelError if the model could not be built again
-    from its description, or nothing can be written.
+    from its description, or nothing can be written. A transformers model is written by its own save_pretrained,
+    with the stages in its config.
     """
+    if isinstance(model, huggingface.PreTrainedVisionModel):
+        huggingface.save(model, folder, class_names, notes)
+        return
     spec = describe_model(model, class_names)
     folder = Path(folder)
     weights, config = (folder / f"{name}.tmp" for name in (WEIGHTS, CONFIG))

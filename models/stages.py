@@ -71,7 +71,7 @@ def choose(
         place = FOR_SPEED.place if can_split(backbone, family) else "before"
     loc = spread(depth, speedup, place) if pruning_loc is None else tuple(pruning_loc)
     plan = Plan(loc, (1.0,) * len(loc), scorer, reducer, place)
-    size = image_size_of(backbone)
+    size = getattr(family, "image_size", image_size_of)(backbone)
     dense = copy.deepcopy(backbone).to("meta")
     dense_gflops = count_gflops(dense, size)
     model = family.make_dynamic(dense, plan)

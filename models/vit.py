@@ -43,7 +43,7 @@ class ViTAdapter:
 
     def default_pruning_loc(self, vit: nn.Module) -> tuple[int, ...]:
         """By the paper's rule: before each quarter of the blocks but the first."""
-        depth = len(vit.blocks)
+        depth = len(self.blocks(vit))
         return tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
 
     def make_dynamic(self, vit: nn.Module, plan: Plan) -> nn.Module:
