@@ -30,9 +30,11 @@ class Choice:
     scorer: str = "distinct"
     reducer: str = "merge_length"
     place: str = "inside"
+    features: bool = False  # whether every patch's feature is read, and not the prediction alone
 
 
 FOR_SPEED = Choice()
+FOR_FEATURES = Choice(scorer="outlying", place="before", features=True)
 
 
 def spread(depth: int, speedup: float, place: str, most: int = MAX_STAGES) -> tuple[int, ...]:
@@ -57,8 +59,9 @@ def choose(
     reducer: Reducer,
     place: str | None = None,
     pruning_loc: Sequence[int] | None = None,
+    choice: Choice = FOR_SPEED,
 ) -> Plan:
-    """The plan that makes a dense backbone so many times cheaper in multiply-adds.
+    """The plan that makes a dense backbone so many times cheaper in multiply-adds: its prediction, or all features.
 
     Raises ValueError for a speed-up that would leave too few tokens.
     """
@@ -68,17 +71,17 @@ def choose(
     if not speedup > 1:
         raise ValueError(f"a speed-up must be above 1, got {speedup:g}")
     if place is None:
-        place = FOR_SPEED.place if can_split(backbone, family) else "before"
-    loc = spread(depth, speedup, place) if pruning_loc is None else tuple(pruning_loc)
+        place = choice.place if can_split(backbone, family) else "before"
+    loc = spread(depth, speedup, place, choice.features) if pruning_loc is None else tuple(pruning_loc)
     plan = Plan(loc, (1.0,) * len(loc), scorer, reducer, place)
     size = image_size_of(backbone)
     dense = copy.deepcopy(backbone).to("meta")
-    dense_gflops = count_gflops(dense, size)
+    dense_gflops = count_gflops(dense, size, choice.features)
     model = family.make_dynamic(dense, plan)
 
     def gflops_at(base_rate: float) -> float:
         model.set_keep_rates(geometric_keep_rates(base_rate, len(loc), FEWEST_TOKENS))
-        return count_gflops(model, size)
+        return count_gflops(model, size, choice.features)
 
     rate = solve(gflops_at, dense_gflops, speedup, type(backbone).__name__)
     return replace(plan, keep_rates=geometric_keep_rates(rate, len(loc), FEWEST_TOKENS))
