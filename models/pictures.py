@@ -173,6 +173,29 @@ def heat_strip(image: Tensor, scores: Tensor, grid: Grid) -> Tensor:
     return side_by_side([image, *(heat_map(scores[stage], grid, image) for stage in shown_stages(len(scores)))])
 
 
+def feature_colours(features: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(M, C) features -> (M, 3) uint8 colours, their first three principal components, and the directions of these.
+
+    directions: (3, C), so that one model's features are coloured as another's were. A component's colour goes from
+    its 2nd to its 98th hundredth, so that a few features that lie apart do not grey all others.
+    """
+    centred = (features - features.mean(dim=0)).double()
+    if directions is None:
+        _, vectors = torch.linalg.eigh(centred.T @ centred)
+        directions = vectors[:, -3:].flip(1).T
+        # A direction's sign is arbitrary; most features lie on its dark side.
+        directions = directions * torch.where((centred @ directions.T).median(dim=0).values > 0, -1, 1)[:, None]
+    components = centred @ directions.T.to(centred)
+    low, high = (components.quantile(share, dim=0) for share in (0.02, 0.98))
+    levels = (components - low) / (high - low).clamp(min=1e-12)
+    return (255 * levels.clamp(0, 1)).round().byte(), directions
+
+
+def feature_map(colours: Tensor, grid: Grid, image: Tensor) -> Tensor:
+    """(N, 3) colours of patches, spread over as many pixels as the image has."""
+    return torch.stack([spread_patches(channel.unflatten(0, grid), image) for channel in colours.T])
+
+
 def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
     """Pictures of one size on one sheet, as nearly square as they allow."""
     height, width = pictures[0].shape[1:]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import launch
+from conftest import ONE_THREAD, ROOT, launch
 from dynamicvit.errors import UserError
 from dynamicvit.models import create_model, make_dynamic, save_pretrained
 from dynamicvit.tools import dense_probe
@@ -41,15 +41,6 @@ def folders(scenes: Path) -> list[str]:
     return [word for name in FIGURES for word in (f"--{name}", str(scenes / name))]
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    model = create_model("deit_tiny", dense=True, img_size=(72, 96), num_classes=3, depth=4)
-    torch.save({"model": model.state_dict()}, path)
-    return path
-
-
 def frames(scenes: Path, size: tuple[int, int] = (64, 96), part: str = "") -> dense_probe.Frames:
     return dense_probe.read_frames(scenes / f"{part}images", scenes / f"{part}masks", size, 2, VOID)
 
@@ -59,7 +50,7 @@ def probe(scenes: Path, steps: int = 60) -> dense_probe.Probe:
     return dense_probe.Probe(frames(scenes), frames(scenes, part="val-"), how, 2, steps, 4, seed=0)
 
 
-def contenders(**changes: object) -> list[dense_probe.Contender]:
+def contenders() -> list[dense_probe.Contender]:
     torch.manual_seed(0)
     dense = create_model("deit_tiny", dense=True, img_size=(64, 96), num_classes=3, **SIZES).eval()
     return [dense_probe.Contender("dense", dense), *dense_probe.faster_models(dense, [1.3])]
@@ -121,30 +112,22 @@ def test_a_model_with_all_tokens_loses_nothing(scenes: Path) -> None:
     assert kept["cosine"] == pytest.approx(1, abs=1e-4) and kept["miou"] == pytest.approx(dense["miou"], abs=0.2)
 
 
-def test_whole_command(scenes: Path, weights: Path, tmp_path: Path) -> None:
+def test_whole_command(scenes: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    dense = create_model("deit_tiny", dense=True, img_size=(64, 64), num_classes=3)
-    save_pretrained(make_dynamic(dense, speedup=1.3, for_features=True), tmp_path / "saved")
-    dense = create_model("deit_tiny", dense=True, img_size=(64, 64), num_classes=3)
+    dense = create_model("deit_tiny", dense=True, img_size=64, num_classes=3)
     torch.save({"model": dense.state_dict()}, tmp_path / "deit.pth")
+    save_pretrained(make_dynamic(dense, speedup=1.3, for_features=True), tmp_path / "saved")
     output = tmp_path / "tables.md"
-    command = [sys.executable, "-m", "dynamicvit.tools.dense_probe", "deit_tiny", "--weights", tmp_path / "deit.pth"]
     words = "--input-size 64 96 --classes 2 --ignore 9 --speedups 1.3 --steps 5 --rounds 1 --own-heads --device cpu"
-    result = launch_here([*command, *folders(scenes), *words.split(), "--also", tmp_path / "saved", "--output", output])
+    files = ["--weights", tmp_path / "deit.pth", "--also", tmp_path / "saved", "--output", output]
+    command = [sys.executable, "-m", "tools.dense_probe", "deit_tiny", *folders(scenes), *words.split(), *files]
+    result = launch([*map(str, command)], ONE_THREAD | {"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     first, second = output.read_text().split("Each with a head of its own:")
     for name in ("dense", "residual, 1.3", "copy, 1.3", "ToMe, 1.3", "saved"):
         assert f"| {name} |" in first and f"| {name} |" in second
     assert "times as fast" in first and "times as fast" not in second
     assert output.read_text() in result.stdout
-
-
-def launch_here(command: list):
-    from conftest import ROOT
-
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dynamicvit.tools.dense_probe import command; "
-    code += "from dynamicvit.errors import exit_status; sys.exit(exit_status(command))"
-    return launch([sys.executable, "-c", code, *map(str, command[3:])])
 
 
 def test_bad_input_is_one_line(scenes: Path, tmp_path: Path) -> None:

@@ -220,9 +220,8 @@ def check_mask(mask: Image.Image, classes: int, ignore: int, path: str) -> Tenso
     values = np.array(mask)
     counted = values != ignore
     if (values[counted] >= classes).any():
-        raise UserError(
-            f"{path} has class {values[counted].max()}; classes are 0 to {classes - 1} and --ignore {ignore}"
-        )
+        found = values[counted].max()
+        raise UserError(f"{path} has class {found}; those that --classes and --ignore name are 0 to {classes - 1}")
     return torch.from_numpy(np.where(counted, values, classes).astype(np.uint8))
 
 
