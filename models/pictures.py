@@ -5,7 +5,7 @@ are numbered row by row. B images, S pruning stages. Groups are those of models.
 patch the patch whose token it is part of, -1 where it is part of none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -194,6 +194,16 @@ def feature_colours(features: Tensor, directions: Tensor | None = None) -> tuple
 def feature_map(colours: Tensor, grid: Grid, image: Tensor) -> Tensor:
     """(N, 3) colours of patches, spread over as many pixels as the image has."""
     return torch.stack([spread_patches(channel.unflatten(0, grid), image) for channel in colours.T])
+
+
+def feature_strip(image: Tensor, features: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    """The image beside the colours of each model's (N, C) features, by the directions of the first one's; with the
+    models' names below."""
+    panels, directions = {"": image}, None
+    for name, each in features.items():
+        colours, directions = feature_colours(each.float().cpu(), directions)
+        panels[name] = feature_map(colours, grid, image)
+    return side_by_side([caption(panel, [name]) for name, panel in panels.items()])
 
 
 def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ONE_THREAD, ROOT, launch
 from dynamicvit.errors import UserError
-from dynamicvit.models import create_model, make_dynamic, save_pretrained
+from dynamicvit.models import create_model, make_dynamic, pictures, save_pretrained
 from dynamicvit.tools import dense_probe
 from PIL import Image
 
@@ -119,8 +119,9 @@ def test_whole_command(scenes: Path, tmp_path: Path) -> None:
     save_pretrained(make_dynamic(dense, speedup=1.3, for_features=True), tmp_path / "saved")
     output = tmp_path / "tables.md"
     words = "--input-size 64 96 --classes 2 --ignore 9 --speedups 1.3 --steps 5 --rounds 1 --own-heads --device cpu"
+    drawn = ["--photos", *(scenes / "images" / f"{i}.jpg" for i in range(2)), "--picture", tmp_path / "features.png"]
     files = ["--weights", tmp_path / "deit.pth", "--also", tmp_path / "saved", "--output", output]
-    command = [sys.executable, "-m", "tools.dense_probe", "deit_tiny", *folders(scenes), *words.split(), *files]
+    command = [sys.executable, "-m", "tools.dense_probe", "deit_tiny", *folders(scenes), *words.split(), *files, *drawn]
     result = launch([*map(str, command)], ONE_THREAD | {"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     first, second = output.read_text().split("Each with a head of its own:")
@@ -128,6 +129,8 @@ def test_whole_command(scenes: Path, tmp_path: Path) -> None:
         assert f"| {name} |" in first and f"| {name} |" in second
     assert "times as fast" in first and "times as fast" not in second
     assert output.read_text() in result.stdout
+    width, height = Image.open(tmp_path / "features.png").size
+    assert width == 4 * (96 + pictures.GAP) + pictures.GAP and height > 2 * 64  # photo, dense, residual, saved
 
 
 def test_bad_input_is_one_line(scenes: Path, tmp_path: Path) -> None:

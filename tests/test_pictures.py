@@ -441,3 +441,15 @@ def test_feature_colours_show_what_varies() -> None:
     picture = pictures.feature_map(colours[:16], GRID, torch.zeros(3, 32, 32))
     assert picture.shape == (3, 32, 32)
     assert picture[:, 0, 31].tolist() == colours[3].tolist() and picture[:, 31, 0].tolist() == colours[12].tolist()
+    models = {"dense": features[:16], "fast": features[16:32]}
+    strip = pictures.feature_strip(torch.zeros(3, 32, 32, dtype=torch.uint8), models, GRID)
+    assert strip.shape[2] == 3 * (32 + pictures.GAP) + pictures.GAP and strip.shape[1] > 32 + 2 * pictures.GAP
+    shown = strip[:, pictures.GAP : pictures.GAP + 32, -32 - pictures.GAP : -pictures.GAP]
+    assert torch.equal(
+        shown,
+        pictures.feature_map(
+            pictures.feature_colours(features[16:32], pictures.feature_colours(features[:16])[1])[0],
+            GRID,
+            torch.zeros(3, 32, 32),
+        ),
+    )

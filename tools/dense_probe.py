@@ -30,6 +30,7 @@ from dynamicvit.models import (
     from_pretrained,
     load_weights,
     make_dynamic,
+    pictures,
 )
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.pretrained import num_classes_of, read_dense_weights
@@ -81,10 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=number(int, SEED), default=0)
     add("--output", type=Path, help="a file for the tables, in markdown")
+    add("--photos", type=Path, nargs="+", default=[], help="to be drawn with the features of dense and residual")
+    add("--picture", type=Path, help="the PNG for these")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    if bool(args.photos) != (args.picture is not None):
+        raise UserError("--photos and --picture belong together")
     set_seed(args.seed)
     device = pick_device(args.device)
     dense = build_dense(args.model, args.weights, args.input_size).to(device)
@@ -103,6 +108,8 @@ def main(args: argparse.Namespace) -> None:
     print(text, end="", flush=True)
     if args.output:
         args.output.write_text(text, encoding="utf-8")
+    if args.picture:
+        pictures.save_png(draw_features(args.photos, contenders, how), args.picture)
 
 
 # --- Models
@@ -165,6 +172,20 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+@torch.no_grad()
+def draw_features(photos: Sequence[Path], contenders: Sequence[Contender], preprocessing: Preprocessing) -> Tensor:
+    """A row for each photo: itself, and what the dense and the restored features tell apart, as colours."""
+    shown = [contender for contender in contenders if contender.restore in (None, "residual")]
+    size, rows = as_pair(shown[0].model.spec.img_size), []
+    for photo in photos:
+        image = as_tensor(cover(open_image(photo), size, Image.Resampling.BICUBIC))
+        prepared = preprocessing.normalise(image[None].to(next(shown[0].model.parameters()).device))
+        maps = {contender.name: contender.features(prepared)[0] for contender in shown}
+        grid = tuple(maps[shown[0].name].shape[1:])
+        rows.append(pictures.feature_strip(image, {name: each.flatten(1).T for name, each in maps.items()}, grid))
+    return torch.cat(rows, dim=1)
+
+
 # --- Images and masks
 
 
@@ -198,7 +219,7 @@ def read_frames(images: Path, masks: Path, size: tuple[int, int], classes: int, 
         image = open_image(path, upright=False)
         if image.size != mask.size:
             raise UserError(f"{path} has {image.size} pixels, its mask has {mask.size}")
-        frames.append(torch.from_numpy(np.array(cover(image, size, Image.Resampling.BICUBIC))).permute(2, 0, 1))
+        frames.append(as_tensor(cover(image, size, Image.Resampling.BICUBIC)))
         labels.append(check_mask(cover(mask, size, Image.Resampling.NEAREST), classes, ignore, mask.filename))
     return Frames(torch.stack(frames), torch.stack(labels))
 
@@ -213,6 +234,11 @@ def cover(image: Image.Image, size: tuple[int, int], resampling: Image.Resamplin
         )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def check_mask(mask: Image.Image, classes: int, ignore: int, path: str) -> Tensor:
