@@ -37,9 +37,7 @@ FOR_SPEED = Choice()
 FOR_FEATURES = Choice(scorer="outlying", place="before", features=True)
 
 
-def spread(
-    depth: int, speedup: float, place: str, most: int = MAX_STAGES, features: bool = False
-) -> tuple[int, ...]:
+def spread(depth: int, speedup: float, place: str, most: int = MAX_STAGES, features: bool = False) -> tuple[int, ...]:
     """Blocks of the stages: one after the other to the end, the first one the earlier the more is wanted.
 
     The first is what measured best with DeiT-Tiny. For its prediction block 4 of 12 at 1.33 times fewer multiply-adds,

@@ -14,7 +14,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,19 +24,17 @@ import torch.nn.functional as F
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import list_images, open_image
 from dynamicvit.models import (
-    ModelSpec,
     Preprocessing,
-    build_model,
     from_pretrained,
-    load_weights,
     make_dynamic,
     pictures,
 )
 from dynamicvit.models.flops import count_gflops
-from dynamicvit.models.pretrained import num_classes_of, read_dense_weights
+from dynamicvit.models.spec import one_side
 from dynamicvit.options import NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
 from dynamicvit.runs.tables import Column, Row, Table
 from dynamicvit.tools import rivals
+from dynamicvit.tools.dense import Own, build_by_name
 from dynamicvit.tools.timing import hardware, interleave, times_as_fast
 from dynamicvit.utils import log, pick_device, set_seed
 from PIL import Image
@@ -133,12 +131,10 @@ class Contender:
 
 def build_dense(name: str, weights: str | None, size: Sequence[int] | None) -> nn.Module:
     """With its trained weights, in eval mode, for images of (height, width) pixels."""
-    spec = ModelSpec(name, dense=True, img_size=None if size is None else tuple(size))
-    state = read_dense_weights(spec, weights)
-    model = build_model(replace(spec, num_classes=num_classes_of(state)))
+    model, notes = build_by_name(name, Own(weights, None if size is None else one_side(size)))
     if not hasattr(model, "num_prefix_tokens"):
         raise UserError(f"{name} has no patch tokens: give a ViT")
-    for note in load_weights(model, state):
+    for note in notes:
         log(note)
     return model.eval()
 
