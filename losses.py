@@ -33,6 +33,28 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 
+class FeatureLoss(nn.Module):
+    """How far a faster model's features are from the dense model's, for training without labels.
+
+    teacher: a module that gives the (B, T, C) features of images; see models.features. Two parts, means over all
+    tokens, of patches and prefix: cosine, how far a token's direction is off, and size, the square of how far its
+    length is from the teacher's, as a share of this.
+    """
+
+    def __init__(self, teacher: nn.Module, size_weight: float = 0.5) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.size_weight = size_weight
+
+    def forward(self, images: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Called as the others are: the loss, and its parts by name. Labels are not looked at."""
+        features, target = features.float(), self.teacher(images).float()
+        length, wanted = (torch.linalg.vector_norm(x, dim=-1) for x in (features, target))
+        parts = {"cosine": cosine_distance(features, target).mean()}
+        parts["size"] = (length / wanted.clamp(min=1e-6) - 1).square().mean()
+        return parts["cosine"] + self.size_weight * parts["size"], parts
+
+
 class LabelLoss(nn.Module):
     """The label loss alone, for a dense model."""
 

@@ -13,7 +13,7 @@ from .flops import count_gflops
 from .reducers import REDUCERS
 from .scorers import SCORERS
 from .spec import ModelError, ModelSpec
-from .stages import BISECTIONS, FOR_SPEED, LOWEST_RATE, choose, geometric_keep_rates
+from .stages import BISECTIONS, FOR_FEATURES, FOR_SPEED, LOWEST_RATE, choose, geometric_keep_rates
 
 
 def dense_and_dynamic_gflops(model: nn.Module) -> dict[str, float]:
@@ -29,20 +29,23 @@ def choose_stages(
     spec: ModelSpec,
     speedup: float,
     *,
-    scorer: str = FOR_SPEED.scorer,
-    reducer: str = FOR_SPEED.reducer,
+    scorer: str | None = None,
+    reducer: str | None = None,
     place: str | None = None,
     pruning_loc: Sequence[int] | None = None,
+    for_features: bool = False,
 ) -> ModelSpec:
     """The description of a dense model -> that of one that needs so many times fewer multiply-adds.
 
-    Where stages are and how many tokens they keep is stages.choose's rule. Raises ModelError for a speed-up that would
-    leave too few tokens, and for a model without transformer blocks.
+    Where stages are and how many tokens they keep is stages.choose's rule. for_features: see make_dynamic. Raises
+    ModelError for a speed-up that would leave too few tokens, and for a model without transformer blocks.
     """
+    choice = FOR_FEATURES if for_features else FOR_SPEED
+    scorer, reducer = scorer or choice.scorer, reducer or choice.reducer
     with torch.device("meta"):
         model = build_model(replace(spec, dense=True))
     try:
-        plan = choose(model, family_of(model), speedup, SCORERS[scorer], REDUCERS[reducer], place, pruning_loc)
+        plan = choose(model, family_of(model), speedup, SCORERS[scorer], REDUCERS[reducer], place, pruning_loc, choice)
     except ValueError as error:
         raise ModelError(f"{spec.arch}: {error}") from error
     chosen = {"pruning_loc": plan.pruning_loc, "keep_rates": plan.keep_rates, "place": plan.place}

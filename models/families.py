@@ -17,7 +17,7 @@ from .lvvit import LVViTAdapter
 from .reducers import REDUCERS, Reducer
 from .scorers import SCORERS, Scorer
 from .spatial import ADAPTERS, SpatialAdapter
-from .stages import FOR_SPEED, choose
+from .stages import FOR_FEATURES, FOR_SPEED, choose
 from .vit import ViTAdapter
 
 Family = ViTAdapter | SpatialAdapter | HuggingFaceAdapter
@@ -44,16 +44,19 @@ def make_dynamic(
     *,
     place: str | None = None,
     speedup: float | None = None,
+    for_features: bool = False,
 ) -> nn.Module:
     """Makes a trained timm backbone dynamic, in place; its own weights and names stay.
 
     backbone: a VisionTransformer, Eva, SwinTransformer or ConvNeXt (the latter two by predictors and fast paths alone,
     see spatial; only these have merge_streams). Either `make_dynamic(vit, speedup=1.6)`: stages and rates are chosen
     so that the model needs so many times fewer multiply-adds (arithmetic; nothing is measured, as `tools.accelerate
-    --speedup` does), by distinct + merge inside the blocks. Or by hand. pruning_loc: the blocks before which tokens are
-    reduced, or inside which with place="inside", between attention and MLP. keep_rates: the share of the original
-    patch tokens kept after each of these stages. scorer: predictor (published; learned), or attention, distinct,
-    outlying or random, which need no training; reducer: drop (published) or merge; or objects of your own.
+    --speedup` does), by distinct + merge_length inside the blocks. for_features=True: so that forward_features does,
+    and every patch's feature is as near as can be to the dense model's, by outlying + merge_length before the blocks.
+    Or by hand. pruning_loc: the blocks before which tokens are reduced, or inside which with place="inside", between
+    attention and MLP. keep_rates: the share of the original patch tokens kept after each of these stages. scorer:
+    predictor (published; learned), or attention, distinct, outlying or random, which need no training; reducer: drop
+    (published) or merge; or objects of your own.
 
     The model answers with logits, in train mode too, as the backbone did; set_distilled_training(True) makes it give
     what this project's losses need. timm's patch dropout is not used any more. Raises ValueError, before anything is
@@ -81,10 +84,11 @@ def make_dynamic(
         return family.make_dynamic(backbone, plan)
     if keep_rates is not None:
         raise ValueError("give speedup, which chooses the rates, or keep_rates")
-    scorer = find(scorer or FOR_SPEED.scorer, SCORERS, Scorer)
-    reducer = find(reducer or FOR_SPEED.reducer, REDUCERS, Reducer)
+    choice = FOR_FEATURES if for_features else FOR_SPEED
+    scorer = find(scorer or choice.scorer, SCORERS, Scorer)
+    reducer = find(reducer or choice.reducer, REDUCERS, Reducer)
     loc = None if pruning_loc is None else as_blocks(pruning_loc)
-    return family.make_dynamic(backbone, choose(backbone, family, speedup, scorer, reducer, place, loc))
+    return family.make_dynamic(backbone, choose(backbone, family, speedup, scorer, reducer, place, loc, choice))
 
 
 def as_blocks(pruning_loc: Sequence[int]) -> tuple[int, ...]:

@@ -9,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:
-    """Multiply-adds of the evaluation forward on one image, in 1e9.
+def count_gflops(model: nn.Module, img_size: int | tuple[int, int], features: bool = False) -> float:
+    """Multiply-adds of the evaluation forward on one image, in 1e9; with features of forward_features, all tokens' last
+    block included.
 
     img_size: side in pixels, or (height, width). Works on a copy, so that the model's mode,
     device and gradients stay as they are.
@@ -21,7 +22,7 @@ def count_gflops(model: nn.Module, img_size: int | tuple[int, int]) -> float:
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     images = torch.empty(1, 3, height, width, device="meta")
     with torch.no_grad():
-        return gflops_of(lambda: shadow(images))
+        return gflops_of(lambda: shadow.forward_features(images) if features else shadow(images))
 
 
 def gflops_of(run: Callable[[], object]) -> float:

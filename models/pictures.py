@@ -5,7 +5,7 @@ are numbered row by row. B images, S pruning stages. Groups are those of models.
 patch the patch whose token it is part of, -1 where it is part of none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -171,6 +171,39 @@ def heat_colours(levels: Tensor) -> Tensor:
 def heat_strip(image: Tensor, scores: Tensor, grid: Grid) -> Tensor:
     """The image and the heat maps of its shown stages in a row; (S, N) scores."""
     return side_by_side([image, *(heat_map(scores[stage], grid, image) for stage in shown_stages(len(scores)))])
+
+
+def feature_colours(features: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(M, C) features -> (M, 3) uint8 colours, their first three principal components, and the directions of these.
+
+    directions: (3, C), so that one model's features are coloured as another's were. A component's colour goes from
+    its 2nd to its 98th hundredth, so that a few features that lie apart do not grey all others.
+    """
+    centred = (features - features.mean(dim=0)).double()
+    if directions is None:
+        _, vectors = torch.linalg.eigh(centred.T @ centred)
+        directions = vectors[:, -3:].flip(1).T
+        # A direction's sign is arbitrary; most features lie on its dark side.
+        directions = directions * torch.where((centred @ directions.T).median(dim=0).values > 0, -1, 1)[:, None]
+    components = centred @ directions.T.to(centred)
+    low, high = (components.quantile(share, dim=0) for share in (0.02, 0.98))
+    levels = (components - low) / (high - low).clamp(min=1e-12)
+    return (255 * levels.clamp(0, 1)).round().byte(), directions
+
+
+def feature_map(colours: Tensor, grid: Grid, image: Tensor) -> Tensor:
+    """(N, 3) colours of patches, spread over as many pixels as the image has."""
+    return torch.stack([spread_patches(channel.unflatten(0, grid), image) for channel in colours.T])
+
+
+def feature_strip(image: Tensor, features: Mapping[str, Tensor], grid: Grid) -> Tensor:
+    """The image beside the colours of each model's (N, C) features, by the directions of the first one's; with the
+    models' names below."""
+    panels, directions = {"": image}, None
+    for name, each in features.items():
+        colours, directions = feature_colours(each.float().cpu(), directions)
+        panels[name] = feature_map(colours, grid, image)
+    return side_by_side([caption(panel, [name]) for name, panel in panels.items()])
 
 
 def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:

@@ -30,21 +30,25 @@ class Choice:
     scorer: str = "distinct_few"
     reducer: str = "merge_length"
     place: str = "inside"
+    features: bool = False  # whether every patch's feature is read, and not the prediction alone
 
 
 FOR_SPEED = Choice()
+FOR_FEATURES = Choice(scorer="outlying", place="before", features=True)
 
 
-def spread(depth: int, speedup: float, place: str, most: int = MAX_STAGES) -> tuple[int, ...]:
-    """Blocks of the stages: one after the other until the last but one, the first one the earlier the more is wanted.
+def spread(depth: int, speedup: float, place: str, most: int = MAX_STAGES, features: bool = False) -> tuple[int, ...]:
+    """Blocks of the stages: one after the other to the end, the first one the earlier the more is wanted.
 
-    The first is what measured best on 500 photos with DeiT-Tiny: block 4 of 12 at 1.33 times fewer multiply-adds, 3 at
-    1.69, 2 at 2.0, 1 from 2.5 on (docs/scores.md). Before a quarter of the depth class attention says little, but late
-    stages alone would have to leave too few tokens. Inside the last block a stage would save nothing where its MLP
-    runs for the class token alone. most: stages; fewer of them take less time.
+    The first is what measured best with DeiT-Tiny. For its prediction block 4 of 12 at 1.33 times fewer multiply-adds,
+    3 at 1.69, 2 at 2.0, 1 from 2.5 on (500 photos, docs/scores.md): before a quarter of the depth class attention says
+    little, but late stages alone would have to leave too few tokens. For all features block 6 at 1.3, 3 at 1.6 and 2.0,
+    2 at 2.6 (docs/features.md), where each stage keeps about four fifths of its tokens. Inside the last block a stage
+    would save nothing where its MLP runs for the class token alone. most: stages; fewer of them take less time.
     """
-    end = depth - (place == "inside")
-    first = min(max(1, round(depth * (0.7 / speedup - 1 / 6))), end - 1)
+    end = depth - (place == "inside" and not features)
+    share = min(0.108 / (1 - 1 / speedup), 2 / 3) if features else 0.7 / speedup - 1 / 6
+    first = min(max(1, round(depth * share)), end - 1)
     count = min(most, end - first)
     return tuple(first + stage * (end - first) // count for stage in range(count))
 
@@ -57,8 +61,9 @@ def choose(
     reducer: Reducer,
     place: str | None = None,
     pruning_loc: Sequence[int] | None = None,
+    choice: Choice = FOR_SPEED,
 ) -> Plan:
-    """The plan that makes a dense backbone so many times cheaper in multiply-adds.
+    """The plan that makes a dense backbone so many times cheaper in multiply-adds: its prediction, or all features.
 
     Raises ValueError for a speed-up that would leave too few tokens.
     """
@@ -68,17 +73,17 @@ def choose(
     if not speedup > 1:
         raise ValueError(f"a speed-up must be above 1, got {speedup:g}")
     if place is None:
-        place = FOR_SPEED.place if can_split(backbone, family) else "before"
-    loc = spread(depth, speedup, place) if pruning_loc is None else tuple(pruning_loc)
+        place = choice.place if can_split(backbone, family) else "before"
+    loc = spread(depth, speedup, place, features=choice.features) if pruning_loc is None else tuple(pruning_loc)
     plan = Plan(loc, (1.0,) * len(loc), scorer, reducer, place)
     size = getattr(family, "image_size", image_size_of)(backbone)
     dense = copy.deepcopy(backbone).to("meta")
-    dense_gflops = count_gflops(dense, size)
+    dense_gflops = count_gflops(dense, size, choice.features)
     model = family.make_dynamic(dense, plan)
 
     def gflops_at(base_rate: float) -> float:
         model.set_keep_rates(geometric_keep_rates(base_rate, len(loc), FEWEST_TOKENS))
-        return count_gflops(model, size)
+        return count_gflops(model, size, choice.features)
 
     rate = solve(gflops_at, dense_gflops, speedup, type(backbone).__name__)
     return replace(plan, keep_rates=geometric_keep_rates(rate, len(loc), FEWEST_TOKENS))

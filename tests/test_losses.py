@@ -4,7 +4,7 @@ from math import log
 
 import pytest
 import torch
-from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss, kl_divergence, ratio_loss
+from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss, FeatureLoss, LabelLoss, kl_divergence, ratio_loss
 from dynamicvit.models import combine_heads
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -187,3 +187,17 @@ def test_without_a_token_loss_the_whole_prediction_is_compared() -> None:
     )
     assert parts["cls_kl"].item() == pytest.approx(0, abs=1e-6) and "token" not in parts
     assert loss.item() == pytest.approx(2 / 2 * RATIO)  # ratio weight over stages
+
+
+def test_features_by_cosine_and_size() -> None:
+    teacher = nn.Identity()
+    target = torch.tensor([[[3.0, 0.0], [0.0, 2.0]]])
+    features = torch.tensor([[[0.0, 3.0], [0.0, 3.0]]], requires_grad=True)
+    # cosine distances 1 and 0; lengths 3 for 3, and 3 for 2: (3/2 - 1)^2 = 1/4
+    loss, parts = FeatureLoss(teacher, size_weight=0.4)(target, features, LABELS)
+    assert parts["cosine"].item() == pytest.approx(1 / 2) and parts["size"].item() == pytest.approx(1 / 8)
+    assert loss.item() == pytest.approx(1 / 2 + 0.4 / 8)
+    loss.backward()
+    assert features.grad.abs().sum() > 0
+    same, _ = FeatureLoss(teacher)(target, target, LABELS)
+    assert same.item() == pytest.approx(0, abs=1e-6)

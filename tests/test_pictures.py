@@ -422,3 +422,34 @@ def test_user_errors_are_one_line(
     assert run(*(word.format(run=folder / "run") for word in args)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: this PyTorch")]
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+
+
+def test_feature_colours_show_what_varies() -> None:
+    """The same directions for another model's features, and patches that are alike look alike."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.eye(6)[:3] * torch.tensor([30.0, 20.0, 10.0])[:, None]
+    shares = torch.rand(400, 3, generator=generator)
+    features = shares @ patterns + 0.1 * torch.randn(400, 6, generator=generator) + 5
+    colours, directions = pictures.feature_colours(features)
+    assert colours.shape == (400, 3) and colours.dtype == torch.uint8
+    assert directions.abs().argmax(dim=1).tolist() == [0, 1, 2]
+    for component in range(3):
+        together = torch.corrcoef(torch.stack([shares[:, component], colours[:, component].float()]))[0, 1]
+        assert together.abs() > 0.98
+    again, same = pictures.feature_colours(features + 3, directions)
+    assert torch.equal(again, colours) and same is directions
+    picture = pictures.feature_map(colours[:16], GRID, torch.zeros(3, 32, 32))
+    assert picture.shape == (3, 32, 32)
+    assert picture[:, 0, 31].tolist() == colours[3].tolist() and picture[:, 31, 0].tolist() == colours[12].tolist()
+    models = {"dense": features[:16], "fast": features[16:32]}
+    strip = pictures.feature_strip(torch.zeros(3, 32, 32, dtype=torch.uint8), models, GRID)
+    assert strip.shape[2] == 3 * (32 + pictures.GAP) + pictures.GAP and strip.shape[1] > 32 + 2 * pictures.GAP
+    shown = strip[:, pictures.GAP : pictures.GAP + 32, -32 - pictures.GAP : -pictures.GAP]
+    assert torch.equal(
+        shown,
+        pictures.feature_map(
+            pictures.feature_colours(features[16:32], pictures.feature_colours(features[:16])[1])[0],
+            GRID,
+            torch.zeros(3, 32, 32),
+        ),
+    )

@@ -32,7 +32,7 @@ class Own:
     """What a user says of his own weights, where the model's name does not tell."""
 
     weights: str | Path | None = None
-    input_size: int | None = None
+    input_size: int | tuple[int, int] | None = None  # a side in pixels, or (height, width)
     class_names: str | Path | Sequence[str] | None = None  # or a file with one a line
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -110,7 +110,7 @@ def check_name(name: str) -> None:
     raise UserError(f"no model is called {name}{hint}")
 
 
-def spec_by_name(name: str, content: dict[str, Any] | None, input_size: int | None) -> ModelSpec:
+def spec_by_name(name: str, content: dict[str, Any] | None, input_size: int | tuple[int, int] | None) -> ModelSpec:
     """The dense model of this name, as described in the weights file if it has a description."""
     described = spec_of(content) if content else None
     spec = described if described is not None and described.arch == name else ModelSpec(name)
