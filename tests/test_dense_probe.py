@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import ONE_THREAD, ROOT, launch
@@ -149,6 +150,5 @@ def test_bad_input_is_one_line(scenes: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             dense_probe.read_frames(images, masks, (64, 96), classes, VOID)
     with pytest.raises(UserError, match="has no patch tokens"):
-        dense = create_model("swin_t", dense=True, depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 1, 1))
-        torch.save(dense.state_dict(), tmp_path / "swin.pth")
-        dense_probe.build_dense("swin_t", str(tmp_path / "swin.pth"), None)
+        torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "convnext.pth")
+        dense_probe.build_dense("test_convnext", str(tmp_path / "convnext.pth"), None)
