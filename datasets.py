@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import random
 from collections import Counter
@@ -16,7 +15,8 @@ import torch
 from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import ImageError, UserError
 from dynamicvit.image_files import ImageFiles, class_folders, kind, list_images, report_left_out, scan
-from dynamicvit.models.spec import ModelSpec, Preprocessing
+from dynamicvit.models.spec import LARGEST, ModelSpec, Preprocessing
+from dynamicvit.options import NOT_NEGATIVE, SHARE, WORKERS, check_settings, setting, up_to
 from dynamicvit.samplers import TrainSampler
 from dynamicvit.signals import ignore_stop_signals
 from dynamicvit.utils import get_rank, get_world_size, log, max_over_processes
@@ -44,42 +44,55 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which data set. num_classes: of the model, None for as many as the data set has.
+    """Which images, and how they are read. num_classes: of the model, None for as many as the data set has."""
 
-    exif: whether photos are turned upright as their EXIF data says, which torchvision's ImageFolder does not do.
-    """
-
-    data_set: str = "IMNET"
-    data_path: str = ""
-    num_classes: int | None = None
-    exif: bool = False
+    data_set: str = setting(
+        "IMNET",
+        "IMNET is any folder of train/<class> and val/<class>, CIFAR is CIFAR-100",
+        group="data",
+        choices=DATA_SETS,
+    )
+    data_path: str = setting("", "the data set's folder", group="data")
+    num_classes: int | None = setting(
+        None,
+        "classes of the model (default: the data set's; 1000 for folders of WordNet ids)",
+        up_to(LARGEST["num_classes"]),
+        group="data",
+    )
+    num_workers: int = setting(
+        min(8, os.cpu_count() or 1), "loader processes for each training process", WORKERS, group="data"
+    )
+    skip_bad_images: bool = setting(
+        False, "leave out images that cannot be read, and list them at the end", group="data"
+    )
+    dist_eval: bool = setting(False, "split the validation images among the processes", group="data")
+    exif: bool = setting(
+        False,
+        "turn photos upright as their EXIF data says (ImageFolder, and so the published runs, do not)",
+        group="data",
+    )
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are varied; the defaults are DeiT's. Raises UserError where a value makes no sense.
+    """How training images are varied; the defaults are DeiT's. Raises UserError where a value makes no sense."""
 
-    color_jitter: only where aa, one of timm's auto-augment policies, is "none". reprob, remode: probability of
-    random erasing and what erased pixels become. scale: smallest and largest share of the image that is cut out.
-    """
-
-    color_jitter: float = 0.4
-    aa: str = "rand-m9-mstd0.5-inc1"
-    train_interpolation: str = "bicubic"
-    reprob: float = 0.25
-    remode: str = "pixel"
-    scale: tuple[float, float] = (0.08, 1.0)
+    color_jitter: float = setting(0.4, "where --aa is none", NOT_NEGATIVE, group="augmentation")
+    aa: str = setting("rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", group="augmentation", read=str)
+    train_interpolation: str = setting(
+        "bicubic", "how crops are resized", group="augmentation", choices=("random", "bilinear", "bicubic")
+    )
+    reprob: float = setting(0.25, "probability of random erasing", SHARE, group="augmentation")
+    remode: str = setting(
+        "pixel", "what erased pixels become", group="augmentation", choices=("const", "rand", "pixel")
+    )
+    scale: tuple[float, float] = setting(
+        (0.08, 1.0), "smallest and largest share of an image that is cut out", SHARE, group="augmentation"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.color_jitter < math.inf:
-            raise UserError(f"--color-jitter cannot be negative or infinite, got {self.color_jitter}")
-        if self.train_interpolation not in ("random", "bilinear", "bicubic"):
-            raise UserError(f"--train-interpolation is random, bilinear or bicubic, got {self.train_interpolation}")
-        if not 0 <= self.reprob <= 1:
-            raise UserError(f"--reprob must lie in [0, 1], got {self.reprob}")
-        if self.remode not in ("const", "rand", "pixel"):
-            raise UserError(f"--remode is const, rand or pixel, got {self.remode}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+        check_settings(self)
+        if not 0 < self.scale[0] <= self.scale[1]:
             raise UserError(f"the scale of random crops must be two ascending shares of the image, got {self.scale}")
         try:
             create_transform(224, is_training=True, auto_augment=self.policy)

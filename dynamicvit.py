@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
+    if name == "accelerate":
+        return importlib.import_module("dynamicvit.tools.accelerate").accelerate
     return getattr(importlib.import_module("dynamicvit.models"), name)
 
 

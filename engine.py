@@ -11,7 +11,7 @@ from dynamicvit.datasets import IGNORED_LABEL
 from dynamicvit.errors import UserError
 from dynamicvit.losses import cosine_distance, kl_divergence
 from dynamicvit.models import gives_embeddings
-from dynamicvit.recipe import Trainer, set_rates
+from dynamicvit.optim import Trainer, set_rates
 from dynamicvit.runs.clocks import Eta
 from dynamicvit.utils import derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
 from torch import Tensor, nn
@@ -115,6 +115,14 @@ def stop_if_diverged(trainer: Trainer) -> None:
         raise Diverged(f"{MAX_BAD_STEPS} steps in a row or more had gradients that are not finite")
 
 
+class NotFinite(UserError):
+    """Answers that no figure can be made of."""
+
+    def __init__(self, finding: str) -> None:
+        super().__init__(f"{finding}: its weights are damaged, or float16 is not enough for them (--amp off, or bf16)")
+        self.finding = finding
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -132,6 +140,7 @@ def evaluate(
       or for a model without a classifier the cosine of the two embeddings.
 
     sharded: each process's loader holds its own part of the images, so sums are added up.
+    Raises NotFinite where answers are not, as every figure would be wrong.
     """
     broadcast_buffers(model)
     model.eval()
@@ -153,7 +162,7 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-SUMS = ("loss", "top1", "top5", "labelled", "images", "agreement", "kl", "cosine")
+SUMS = ("loss", "top1", "top5", "labelled", "images", "not_finite", "agreement", "kl", "cosine", "dense_not_finite")
 
 
 def batch_sums(logits: Tensor, labels: Tensor, dense_logits: Tensor | None) -> Tensor:
@@ -162,19 +171,28 @@ def batch_sums(logits: Tensor, labels: Tensor, dense_logits: Tensor | None) -> T
     labelled = (labels >= 0) & (labels < logits.shape[1])
     loss = F.cross_entropy(logits, labels.where(labelled, IGNORED_LABEL), reduction="sum")
     sums = [loss, hits[:, 0].sum(), hits.sum(), labelled.sum(), torch.full_like(loss, len(labels))]
+    sums.append(count_not_finite(logits))
     if dense_logits is None:
-        sums += [torch.zeros_like(loss)] * 3
+        sums += [torch.zeros_like(loss)] * 4
     else:
         agreement = (logits.argmax(dim=1) == dense_logits.argmax(dim=1)).sum()
         cosine = 1 - cosine_distance(logits, dense_logits)
-        sums += [agreement, kl_divergence(logits, dense_logits).sum(), cosine.sum()]
+        sums += [agreement, kl_divergence(logits, dense_logits).sum(), cosine.sum(), count_not_finite(dense_logits)]
     return torch.stack([value.double() for value in sums])
+
+
+def count_not_finite(logits: Tensor) -> Tensor:
+    """Number of images, of (B, classes) logits."""
+    return (~logits.isfinite()).any(dim=1).sum()
 
 
 def means_over_images(sums: dict[str, float], with_dense: bool, embeddings: bool) -> dict[str, float]:
     labelled, images = sums["labelled"], sums["images"]
     if images == 0:
         raise UserError("there is no image to validate on")
+    for whose, name in (("the model's", "not_finite"), ("the dense model's", "dense_not_finite")):
+        if sums[name] > 0:
+            raise NotFinite(f"{whose} answers to {sums[name]:.0f} of {images:.0f} images are not finite numbers")
     if not with_dense and (labelled == 0 or embeddings):
         why = "the model gives embeddings" if embeddings else "no image to validate on has a label"
         raise UserError(f"{why}: to compare with the dense model, add --pretrained FILE")
@@ -217,7 +235,12 @@ class RunningMeans:
         self.entries[name] = torch.stack([total, torch.ones_like(total)])
 
     def __str__(self) -> str:
-        return "  ".join(f"{name} {(total / count).item():.4g}" for name, (total, count) in self.entries.items())
+        """For the screen: without a part that is all of the loss, and without a count of nothing."""
+        means = {name: (total / count).item() for name, (total, count) in self.entries.items()}
+        hidden = {name for name, value in means.items() if name != "loss" and value == means.get("loss")}
+        if means.get("skipped_steps") == 0:
+            hidden.add("skipped_steps")
+        return "  ".join(f"{name} {value:.4g}" for name, value in means.items() if name not in hidden)
 
     def gather(self) -> list[dict[str, Tensor]]:
         """Every process's state, for load()."""

@@ -1,11 +1,12 @@
 """Errors that users can fix: one line, what is wrong and what to do, and exit status 2."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from dynamicvit.models import ModelError
+from dynamicvit.models import CheckpointError, ModelError
 from dynamicvit.signals import (
     NOTICE,
     Stopped,
@@ -30,6 +31,15 @@ class LocalError(UserError):
 
 class ImageError(LocalError):
     """An image that cannot be read."""
+
+
+@contextmanager
+def advice(text: str) -> Iterator[None]:
+    """Adds a command's own advice to what the library says of weights, as that knows no flags."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {text}") from error
 
 
 def exit_status(command: Callable[[], None]) -> int:

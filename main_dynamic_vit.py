@@ -7,153 +7,131 @@ if __name__ == "__main__":
 
 import sys
 from argparse import Namespace
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from dynamicvit.datasets import (
     AugmentedDataset,
     BatchTransform,
-    build_source,
     build_train_loader,
     build_val_loader,
     eval_transform,
     train_transform,
 )
 from dynamicvit.engine import evaluate
-from dynamicvit.errors import exit_status
-from dynamicvit.models import (
-    ModelSpec,
-    Teacher,
-    build_model,
-    build_teacher,
-    find_weights,
-    load_weights,
-    read_checkpoint,
-)
+from dynamicvit.errors import advice, exit_status
+from dynamicvit.models import ModelSpec, Teacher, build_model, build_teacher, load_weights
 from dynamicvit.models.costs import dense_and_dynamic_gflops
-from dynamicvit.models.factory import image_size
-from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
-from dynamicvit.recipe import build_trainer, pick_amp, precision_name
-from dynamicvit.runs.checkpoints import RunState, read_run, spec_of
-from dynamicvit.runs.run import Run, list_bad_images, log_model, print_summary, report_accuracy
+from dynamicvit.models.pretrained import backbone_part
+from dynamicvit.optim import build_trainer, is_always_frozen, pick_amp, precision_name
+from dynamicvit.runs.checkpoints import RunState
+from dynamicvit.runs.run import Run, RunOptions, list_bad_images, log_model, print_summary, report_accuracy
+from dynamicvit.runs.start import RunFlags, Start, find_start, parse_args, read_flags
 from dynamicvit.signals import StopSignal
 from dynamicvit.utils import log
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from dynamicvit import options, utils
+from dynamicvit import utils
 
 
 def main(args: Namespace) -> None:
-    stop = None if args.eval else StopSignal()
-    device = utils.pick_device(args.device)
+    flags = read_flags(args)
+    stop = StopSignal() if not flags.run.eval else None
+    device = utils.pick_device(flags.run.device)
     utils.init_distributed(device)
-    utils.set_seed(args.seed)
+    start = find_start(flags)
+    utils.set_seed(start.recipe.seed)
 
-    # The model is as its checkpoint says, but for what the flags say.
-    earlier = read_run(options.place(args), partial(options.changes, args))
-    content = earlier or (read_checkpoint(args.pretrained) if args.pretrained else {})
-    base = spec_of(content)
-    spec = options.model_spec(args, base, resumed=earlier is not None)
-    args = options.with_recipe(args, spec)
-    weights = read_weights(args, spec, content, resumed=earlier is not None)
-
-    kept = find_weights(earlier) if earlier else weights if args.eval or not args.dense else None
-    trained = None if kept is None else num_classes_of(kept)  # None: a new classifier is to be trained
-    data = options.data_options(args, trained)
-    read = partial(build_source, options=data, size=image_size(spec), labelled=args.cls_weight > 0 and not args.eval)
-    sources = {"validation": read(False)} if args.eval else {"training": read(True), "validation": read(False)}
-    num_classes = options.count_classes(args, spec, len(sources["validation"].classes), trained)
-    class_names = options.choose_class_names(args, spec, sources["validation"].classes, num_classes)
-    model = build_model(replace(spec, num_classes=num_classes, class_names=class_names), args.drop_path)
-    spec = model.spec  # with nothing left open
-    if weights is not None and earlier is None:
-        start = backbone_part(weights) if spec.dense else weights
-        for note in load_weights(model, start, new_head=spec.dense and not args.eval):
-            log(note)
-    teaches = weights is not None and not spec.dense and (args.distill or args.eval)
-    teacher = build_teacher(spec, weights).to(device) if teaches else None
-    model.to(device)
-    gflops = dense_and_dynamic_gflops(model)
+    model = build_model(start.spec, start.recipe.drop_path)
+    if start.weights is not None and start.earlier is None:
+        weights = backbone_part(start.weights) if start.spec.dense else start.weights
+        with advice("see --arch, --input-size, --num-classes, --pruning-loc and --dense"):
+            for note in load_weights(model, weights, new_head=start.spec.dense and not start.evaluating):
+                log(note)
+    teacher = build_teacher(model.spec, start.weights).to(device) if start.teaches else None
+    gflops = dense_and_dynamic_gflops(model.to(device))
     log_model(model, gflops)
-    counts = " and ".join(f"{len(source)} {name}" for name, source in sources.items())
-    log(f"{args.data_set} {args.data_path}: {counts} images, {spec.num_classes} classes")
-    precision = precision_name(pick_amp(args.amp, device))
-    log(f"{utils.get_world_size()} process(es) on {device.type}, {args.batch_size} images each, {precision}")
-    if args.eval:
-        evaluate_only(args, model, teacher, sources["validation"], device, earlier)
+    amp_dtype = pick_amp(start.recipe.amp, device)
+    log(f"{start.data.data_set} {start.data.data_path}: {start.counts()} images, {model.spec.num_classes} classes")
+    processes = f"{utils.get_world_size()} process(es) on {device.type}"
+    log(f"{processes}, {start.recipe.batch_size} images each, {precision_name(amp_dtype)}")
+
+    if start.evaluating:
+        evaluate_only(start, model, teacher, device, amp_dtype)
     else:
-        train(args, model, teacher, sources, gflops, device, stop, earlier)
-
-
-def read_weights(args: Namespace, spec: ModelSpec, content: dict[str, Any], resumed: bool) -> StateDict | None:
-    """The dense model's; None where nobody needs them. content: of what is resumed, else --pretrained."""
-    from_scratch = spec.dense and not args.pretrained and not args.eval
-    if from_scratch or (resumed and not (args.pretrained if args.eval else args.distill)):
-        return None
-    return find_weights(content) if content and not resumed else read_dense_weights(spec, args.pretrained)
+        train(start, flags.run, model, teacher, gflops, device, stop)
 
 
 def evaluate_only(
-    args: Namespace,
-    model: nn.Module,
-    teacher: Teacher | None,
-    source: Dataset,
-    device: torch.device,
-    checkpoint: dict[str, Any] | None,
+    start: Start, model: nn.Module, teacher: Teacher | None, device: torch.device, amp_dtype: torch.dtype | None
 ) -> None:
     """The checkpoint's weights and their moving average; or dense weights, then beside the dense model."""
-    loader = build_validation(args, model.spec, source, device)
+    loader = build_validation(start, model.spec, device)
     transform = BatchTransform(device, model.spec.preprocessing.mean, model.spec.preprocessing.std)
-    entries = {"evaluated": find_weights(checkpoint) if checkpoint else None}
-    if checkpoint and checkpoint.get("model_ema"):
-        entries["moving average"] = find_weights(checkpoint["model_ema"])
-    for name, weights in entries.items():
-        for note in load_weights(model, weights) if weights is not None else ():
-            log(f"warning: {note}")
-        dense = teacher.vit if teacher is not None else None
-        stats = evaluate(model, loader, transform, device, pick_amp(args.amp, device), args.dist_eval, dense)
-        report_accuracy(name, stats)
+    dense, earlier = teacher.vit if teacher is not None else None, start.earlier
+    entries = {"evaluated": False} | ({"moving average": True} if earlier and earlier.get("model_ema") else {})
+    for name, averaged in entries.items():
+        with advice("see --arch, --input-size, --pruning-loc and --dense"):
+            for note in load_weights(model, earlier, moving_average=averaged) if earlier else ():
+                log(f"warning: {note}")
+        report_accuracy(name, evaluate(model, loader, transform, device, amp_dtype, start.data.dist_eval, dense))
     list_bad_images(loader.dataset.bad_images())
 
 
 def train(
-    args: Namespace,
+    start: Start,
+    flags: RunFlags,
     model: nn.Module,
     teacher: Teacher | None,
-    sources: dict[str, Dataset],
     gflops: dict[str, float],
     device: torch.device,
     stop: StopSignal,
-    earlier: dict[str, Any] | None,
 ) -> None:
-    recipe, augmentation = options.recipe(args), options.augmentation(args)
-    transform = train_transform(model.spec.img_size, augmentation, args.data_set)
-    train_set = AugmentedDataset(sources["training"], transform, train=True, skip_bad=args.skip_bad_images)
-    repeats = 3 if args.repeated_aug else 1
+    recipe, data = start.recipe, start.data
+    val_loader = build_validation(start, model.spec, device)
+    transform = train_transform(model.spec.img_size, start.augmentation, data.data_set)
+    train_set = AugmentedDataset(start.sources["training"], transform, train=True, skip_bad=data.skip_bad_images)
     loader, steps = build_train_loader(
-        train_set, args.batch_size, args.num_workers, device.type == "cuda", args.seed, repeats, args.update_freq
+        train_set,
+        recipe.batch_size,
+        data.num_workers,
+        device.type == "cuda",
+        recipe.seed,
+        num_repeats=3 if recipe.repeated_aug else 1,
+        update_freq=recipe.update_freq,
     )
-    val_loader = build_validation(args, model.spec, sources["validation"], device)
-    trainer = build_trainer(recipe, model, teacher, device, augmentation, steps, args.print_freq)
-    state = RunState.from_content(earlier) if earlier else None
-    run = Run(options.run_options(args, recipe, steps), trainer, teacher, loader, val_loader, gflops, stop, state)
+    trainer = build_trainer(recipe, model, teacher, device, start.augmentation, steps, flags.print_freq)
+    if is_always_frozen(trainer.schedule, recipe.epochs, steps):
+        log("note: the backbone is frozen until the end of the run, so only what is new in the model learns")
+    options = RunOptions(
+        place=flags.place,
+        epochs=recipe.epochs,
+        steps_per_epoch=steps,
+        step_images=recipe.step_images,
+        save_freq=flags.save_freq,
+        dist_eval=data.dist_eval,
+        compare_with_dense=recipe.cls_weight == 0,
+        settings=start.settings,
+    )
+    state = RunState.from_content(start.earlier) if start.earlier else None
+    run = Run(options, trainer, teacher, loader, val_loader, gflops, stop, state)
     best = run.to_the_end()
     print_summary(model.spec, gflops, run.progress.dense, best)
     list_bad_images(run.progress.bad_images)
 
 
-def build_validation(args: Namespace, spec: ModelSpec, source: Dataset, device: torch.device) -> DataLoader:
-    transform = eval_transform(spec.img_size, spec.preprocessing, args.data_set)
-    val_set = AugmentedDataset(source, transform, train=False, skip_bad=args.skip_bad_images)
-    return build_val_loader(val_set, 2 * args.batch_size, args.num_workers, device.type == "cuda", args.dist_eval)
+def build_validation(start: Start, spec: ModelSpec, device: torch.device) -> DataLoader:
+    data = start.data
+    transform = eval_transform(spec.img_size, spec.preprocessing, data.data_set)
+    val_set = AugmentedDataset(start.sources["validation"], transform, train=False, skip_bad=data.skip_bad_images)
+    pin_memory = device.type == "cuda"
+    return build_val_loader(val_set, 2 * start.recipe.batch_size, data.num_workers, pin_memory, data.dist_eval)
 
 
-def command(argv: list[str] | None = None) -> None:
-    main(options.parse_args(argv))
+def command(argv: Sequence[str] | None = None) -> None:
+    main(parse_args(argv))
     if dist.is_initialized():  # not after an error: it would wait for processes that know nothing of it
         dist.destroy_process_group()
 

@@ -1,364 +1,245 @@
-"""Who learns how fast and from what: parameter groups, learning rates, label mixing, the moving
-average, and the Trainer made of them."""
+"""The values that training follows, as recipes: the papers' and our own. What is done with them: optim.py."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from dynamicvit.datasets import Augmentation, BatchTransform
-from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
-from dynamicvit.models import Teacher, gives_embeddings
-from dynamicvit.models.pretrained import is_new
+from dynamicvit.datasets import Augmentation
+from dynamicvit.errors import UserError
+from dynamicvit.options import (
+    BATCH,
+    BELOW_ONE,
+    EPOCHS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    check_settings,
+    setting,
+    up_to,
+)
 from dynamicvit.utils import get_world_size
-from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-PREDICTOR, BACKBONE = "predictor", "backbone"  # names of parameter groups
-FROZEN = ("cls_token", "pos_embed")
+PRECISIONS = ("auto", "bf16", "fp16", "off")
+RUN, RECIPE, SCHEDULE, OPTIMIZER, LOSS, MIXING = "run", "recipe", "schedule", "optimizer", "loss", "augmentation"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. See RECIPES for the published ones, options.py for what each value means."""
+    """How a model is trained. The defaults are the NeurIPS paper's, see RECIPES for all.
 
-    recipe: str
-    epochs: int
-    lr: float
-    min_lr: float
-    backbone_lr_scale: float
-    warmup_epochs: float
-    frozen_epochs: float
-    clip_grad: float | None
-    model_ema_decay: float
-    cls_weight: float
-    ratio_weight: float
-    distill_weight: float
-    token_weight: float
-    distill_temperature: float
-    mixup: float
-    cutmix: float
-    repeated_aug: bool
-    batch_size: int = 64  # images for each process and forward pass
-    update_freq: int = 1
-    weight_decay: float = 0.05
-    model_ema: bool = True
-    distill: bool = False
-    smoothing: float = 0.1
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    mixup_mode: str = "batch"
-    drop_path: float = 0.0
-    amp: str = "auto"
-    compile: bool = False
-    seed: int = 0
+    The values without a flag belong to a recipe. schedule: "epochs" changes learning rates between epochs, with the
+    backbone frozen at first and then slow (a dense model: linear warm-up, cosine), "steps" at every step, linear
+    warm-up and cosine for all. lr_images: lr is for a step of so many images, scaled to the images that there are;
+    None: it is as it stands. decay_new_biases: weight decay for the biases and norms of what is new in a model.
+    """
+
+    recipe: str = setting(
+        "neurips",
+        "sets the defaults of all that follows (default: the paper's that the model is from; label-free for models "
+        "without predictors)",
+        group=RECIPE,
+        choices=lambda: RECIPES,
+    )
+    epochs: int = setting(30, "passes over the training images", EPOCHS, group=SCHEDULE)
+    lr: float = setting(
+        5e-4, "learning rate; neurips: for 512 images a step, scaled to yours", POSITIVE, group=SCHEDULE
+    )
+    min_lr: float = setting(1e-5, "learning rate that the schedule ends at", NOT_NEGATIVE, group=SCHEDULE)
+    backbone_lr_scale: float = setting(0.01, "the backbone's share of the learning rate", NOT_NEGATIVE, group=SCHEDULE)
+    warmup_epochs: float = setting(
+        5.0,
+        "epochs of linear warm-up; neurips, dynamic: epochs with the backbone frozen",
+        NOT_NEGATIVE,
+        group=SCHEDULE,
+    )
+    frozen_epochs: float | None = setting(
+        None,
+        "epochs with the backbone frozen",
+        NOT_NEGATIVE,
+        group=SCHEDULE,
+        unset="--warmup-epochs",
+    )
+    batch_size: int = setting(64, "images for each process and forward pass", BATCH, group=OPTIMIZER)
+    update_freq: int = setting(1, "forward passes per optimizer step", up_to(65_536), group=OPTIMIZER)
+    weight_decay: float = setting(
+        0.05, "AdamW's, but for the backbone's biases and norms", NOT_NEGATIVE, group=OPTIMIZER
+    )
+    clip_grad: float | None = setting(None, "largest gradient norm", POSITIVE, group=OPTIMIZER)
+    drop_path: float = setting(0.0, "stochastic depth at the last block, 0 at the first", BELOW_ONE, group=OPTIMIZER)
+    model_ema: bool = setting(True, "also keep and evaluate the weights' moving average", group=OPTIMIZER)
+    model_ema_decay: float = setting(0.99996, "share of the average that a step leaves", SHARE, group=OPTIMIZER)
+    amp: str = setting("auto", "mixed precision", group=OPTIMIZER, choices=PRECISIONS)
+    compile: bool = setting(False, "torch.compile student and teacher, for validation too", group=OPTIMIZER)
+    seed: int = setting(0, "of all that is random in a run", SEED, group=RUN)
+    distill: bool = setting(
+        False,
+        "learn from the dense backbone",
+        group=LOSS,
+        excludes={"dense": "a dense model is the teacher, and has none"},
+    )
+    cls_weight: float = setting(1.0, "weight of the label loss; with 0, no labels are needed", NOT_NEGATIVE, group=LOSS)
+    ratio_weight: float = setting(2.0, "weight of the ratio loss (2 for DeiT and LV-ViT)", NOT_NEGATIVE, group=LOSS)
+    distill_weight: float = setting(0.5, "weight of the distillation losses", NOT_NEGATIVE, group=LOSS)
+    token_weight: float = setting(
+        1.0, "weight of the token loss within them; the logits' is 1", NOT_NEGATIVE, group=LOSS
+    )
+    distill_temperature: float = setting(
+        1.0, "that the logits of both models are divided by to be compared", POSITIVE, group=LOSS
+    )
+    smoothing: float = setting(0.1, "label smoothing", BELOW_ONE, group=LOSS)
+    repeated_aug: bool = setting(True, "each epoch shows a third of the images, three times each", group=MIXING)
+    mixup: float = setting(0.8, "how evenly two images are blended (alpha); 0 is off", NOT_NEGATIVE, group=MIXING)
+    cutmix: float = setting(1.0, "how evenly two images share the area (alpha); 0 is off", NOT_NEGATIVE, group=MIXING)
+    mixup_prob: float = setting(1.0, "probability of mixing", SHARE, group=MIXING)
+    mixup_switch_prob: float = setting(
+        0.5, "probability of cutmix rather than mixup, where both are on", SHARE, group=MIXING
+    )
+    mixup_mode: str = setting(
+        "batch",
+        "one share for a batch, for a pair of images, or for an image",
+        group=MIXING,
+        choices=("batch", "pair", "elem"),
+    )
+    schedule: str = "epochs"
+    lr_images: int | None = 512
+    decay_new_biases: bool = True
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def step_images(self) -> int:
         """Images that all processes together make one optimizer step from."""
         return self.batch_size * self.update_freq * get_world_size()
 
+    @property
+    def epochs_frozen(self) -> float:
+        """Epochs in which a dynamic model's backbone does not learn."""
+        return self.warmup_epochs if self.frozen_epochs is None else self.frozen_epochs
 
-# Defaults of flags by recipe. neurips: arXiv 2106.02034, section 4.1, with DeiT's augmentation. journal:
-# arXiv 2207.01580 and its code. label-free: our own, for models that are fast without training and have
-# their dense selves to learn from.
-NEURIPS = {
-    "epochs": 30,
-    "lr": 5e-4,
-    "min_lr": 1e-5,
-    "warmup_epochs": 5.0,
-    "frozen_epochs": 5.0,
-    "backbone_lr_scale": 0.01,
-    "clip_grad": None,
-    "model_ema_decay": 0.99996,
-    "cls_weight": 1.0,
-    "ratio_weight": 2.0,
-    "distill_weight": 0.5,
-    "token_weight": 1.0,
-    "distill_temperature": 1.0,
-    "color_jitter": 0.4,
-    "aa": "rand-m9-mstd0.5-inc1",
-    "scale": (0.08, 1.0),
-    "reprob": 0.25,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "repeated_aug": True,
-}
+    def check(self, dense: bool) -> None:
+        """Raises UserError for values that do not go together. dense: what is trained is a plain backbone."""
+        if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
+            raise UserError(
+                f"mixup pairs images: --batch-size must be even, got {self.batch_size} (or --mixup 0 --cutmix 0)"
+            )
+        if self.cls_weight == 0 and not self.distill:
+            raise UserError(
+                "--cls-weight 0 (as in --recipe label-free) leaves nothing to learn from but the dense model: "
+                "add --distill"
+            )
+        if (dense or self.schedule == "steps") and self.warmup_epochs > self.epochs:
+            raise UserError(self.too_long("warm-up", "--warmup-epochs", self.warmup_epochs))
+        if not dense and self.epochs_frozen > self.epochs:
+            flag = "--warmup-epochs" if self.frozen_epochs is None else "--frozen-epochs"
+            raise UserError(self.too_long("time with the backbone frozen", flag, self.epochs_frozen))
+
+    def too_long(self, what: str, flag: str, epochs: float) -> str:
+        return f"a {what} of {epochs:g} epochs ({flag}) is longer than the run of {self.epochs}; give a lower {flag}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a recipe costs and what comes of it, for who has to choose."""
+
+    paper: str
+    hardware: str
+    hours: str
+    result: str
+    source: str  # "published", or "measured" with this code
+
+    def __str__(self) -> str:
+        return f"{self.paper}. {self.hardware}; hours: {self.hours}. {self.source.capitalize()}: {self.result}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe as it stands in the list. for_models_of: values that are others for the models of another paper."""
+
+    recipe: Recipe
+    augmentation: Augmentation
+    expected: Expected
+    for_models_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+JOURNAL = Recipe(
+    recipe="journal",
+    epochs=120,
+    lr=4e-3,
+    min_lr=1e-6,
+    warmup_epochs=20.0,
+    frozen_epochs=5.0,
+    model_ema_decay=0.9999,
+    ratio_weight=10.0,
+    repeated_aug=False,
+    schedule="steps",
+    lr_images=None,
+    decay_new_biases=False,
+)
+# Our own, for models that are fast without training and have their dense selves to learn from.
+LABEL_FREE = replace(
+    JOURNAL,
+    recipe="label-free",
+    epochs=10,
+    lr=1e-5,
+    min_lr=0.0,
+    warmup_epochs=1.0,
+    frozen_epochs=0.0,
+    backbone_lr_scale=1.0,
+    clip_grad=5.0,
+    model_ema_decay=0.99,
+    cls_weight=0.0,
+    ratio_weight=2.0,
+    distill_weight=1.0,
+    token_weight=0.0,
+    distill_temperature=2.0,
+    mixup=0.0,
+    cutmix=0.0,
+)
 RECIPES = {
-    "neurips": NEURIPS,
-    "journal": NEURIPS
-    | {
-        "epochs": 120,
-        "lr": 4e-3,
-        "min_lr": 1e-6,
-        "warmup_epochs": 20.0,
-        "model_ema_decay": 0.9999,
-        "ratio_weight": 10.0,
-        "repeated_aug": False,
-    },
-    "label-free": NEURIPS
-    | {
-        "epochs": 10,
-        "lr": 1e-5,
-        "min_lr": 0.0,
-        "warmup_epochs": 1.0,
-        "frozen_epochs": 0.0,
-        "backbone_lr_scale": 1.0,
-        "clip_grad": 5.0,
-        "model_ema_decay": 0.99,
-        "cls_weight": 0.0,
-        "distill_weight": 1.0,
-        "token_weight": 0.0,
-        "distill_temperature": 2.0,
-        "color_jitter": 0.0,
-        "aa": "none",
-        "scale": (0.5, 1.0),
-        "reprob": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "repeated_aug": False,
-    },
+    "neurips": Entry(
+        Recipe(),
+        Augmentation(),
+        Expected(
+            paper="arXiv 2106.02034, section 4.1, with DeiT's augmentation",
+            hardware="ImageNet, 8 GPUs, 96 images each",
+            hours="not published",
+            result="DeiT-S at base rate 0.7 79.32 % top-1 (dense 79.8) with 2.9 of 4.6 GFLOPs",
+            source="published",
+        ),
+    ),
+    "journal": Entry(
+        JOURNAL,
+        Augmentation(),
+        Expected(
+            paper="arXiv 2207.01580 and its code, for Swin and ConvNeXt",
+            hardware="ImageNet, 8 GPUs, 128 images each",
+            hours="not published",
+            result="ConvNeXt-T at base rate 0.7 81.59 % top-1 with 3.6 GFLOPs, Swin-T 80.91 % with 4.0",
+            source="published",
+        ),
+        for_models_of={"neurips": {"ratio_weight": 2.0}},
+    ),
+    "label-free": Entry(
+        LABEL_FREE,
+        Augmentation(color_jitter=0.0, aa="none", scale=(0.5, 1.0), reprob=0.0),
+        Expected(
+            paper="docs/label_free.md, for models that are fast without training",
+            hardware="500 photos, two cores of a CPU",
+            hours="0.1, fine-tuning alone",
+            result="DeiT-Tiny with 0.76 of 1.25 GFLOPs answers 96.5 % (standard error 0.5) of new photos as before",
+            source="measured",
+        ),
+    ),
 }
 
 
 def build_recipe(name: str, **changes: Any) -> Recipe:
     """One of RECIPES, with some of its values changed."""
-    own = {f.name for f in fields(Recipe)}
-    return Recipe(name, **{key: value for key, value in RECIPES[name].items() if key in own} | changes)
+    return replace(RECIPES[name].recipe, **changes)
 
 
 def build_augmentation(name: str, **changes: Any) -> Augmentation:
     """That of one of RECIPES, with some of its values changed."""
-    own = {f.name for f in fields(Augmentation)}
-    return Augmentation(**{key: value for key, value in RECIPES[name].items() if key in own} | changes)
-
-
-@dataclass
-class Trainer:
-    """All that a training step works with, and the numbers that it leaves behind."""
-
-    model: nn.Module  # DDP-wrapped where there are several processes
-    criterion: nn.Module  # (images, outputs, labels) -> (loss, parts by name)
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    batch_transform: Callable[[Tensor], Tensor]
-    device: torch.device
-    amp_dtype: torch.dtype | None
-    schedule: Callable[[float], dict[str, float]]  # epochs done, with a fraction -> learning rate by group name
-    mixup: Mixup | None = None
-    ema: ModelEmaV3 | None = None
-    clip_grad: float | None = None
-    update_freq: int = 1
-    seed: int = 0
-    print_freq: int = 50
-    bad_steps_in_a_row: Tensor = field(init=False)
-    most_bad_steps_in_a_row: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.bad_steps_in_a_row = self.most_bad_steps_in_a_row = torch.zeros((), device=self.device)
-
-
-def build_trainer(
-    recipe: Recipe,
-    model: nn.Module,
-    teacher: Teacher | None,
-    device: torch.device,
-    augmentation: Augmentation,
-    steps_per_epoch: int,
-    print_freq: int = 50,
-) -> Trainer:
-    """model: dense or dynamic, on the device. Compiles it and wraps it for several processes, where asked for."""
-    amp_dtype, preprocessing = pick_amp(recipe.amp, device), model.spec.preprocessing
-    mixup = build_mixup(recipe, model.num_classes)
-    groups = param_groups(model, recipe.weight_decay, decay_new_biases=recipe.recipe == "neurips")
-    ema = MovingAverage(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
-    criterion = build_criterion(recipe, model, teacher, mixed_labels=mixup is not None).to(device)
-    if recipe.compile:
-        for module in (model, teacher):
-            if module is not None:
-                module.compile()
-    schedule = partial(learning_rates, recipe, model.spec.dense, steps_per_epoch)
-    if dist.is_initialized():
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    return Trainer(
-        model=model,
-        criterion=criterion,
-        optimizer=torch.optim.AdamW(groups, lr=recipe.lr, fused=True),
-        scaler=build_scaler(device, amp_dtype),
-        batch_transform=BatchTransform(
-            device, preprocessing.mean, preprocessing.std, augmentation.reprob, augmentation.remode
-        ),
-        device=device,
-        amp_dtype=amp_dtype,
-        schedule=schedule,
-        mixup=mixup,
-        ema=ema,
-        clip_grad=recipe.clip_grad,
-        update_freq=recipe.update_freq,
-        seed=recipe.seed,
-        print_freq=print_freq,
-    )
-
-
-def build_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    if recipe.mixup <= 0 and recipe.cutmix <= 0:
-        return None
-    return Mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        prob=recipe.mixup_prob,
-        switch_prob=recipe.mixup_switch_prob,
-        mode=recipe.mixup_mode,
-        label_smoothing=recipe.smoothing,
-        num_classes=max(1, num_classes),  # 0 where the model gives embeddings, which have no labels
-    )
-
-
-def build_criterion(recipe: Recipe, model: nn.Module, teacher: Teacher | None, mixed_labels: bool) -> nn.Module:
-    labels = SoftTargetCrossEntropy() if mixed_labels else LabelSmoothingCrossEntropy(recipe.smoothing)
-    if model.spec.dense:
-        return LabelLoss(labels)
-    if teacher is None:
-        return DiffPruningLoss(labels, model.keep_rates, recipe.ratio_weight, model.combine, recipe.cls_weight)
-    return DistillDiffPruningLoss(
-        teacher,
-        labels,
-        model.keep_rates,
-        recipe.ratio_weight,
-        recipe.distill_weight,
-        mse_token=not model.tokens_are_logits,
-        cls_weight=recipe.cls_weight,
-        token_weight=recipe.token_weight,
-        temperature=recipe.distill_temperature,
-        embeddings=gives_embeddings(model.spec),
-        combine=model.combine,
-    )
-
-
-def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """'auto': bfloat16 where the hardware has it, float16 on older GPUs, float32 on older CPUs."""
-    if name != "auto":
-        return AMP_DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
-
-
-def precision_name(amp_dtype: torch.dtype | None) -> str:
-    """What pick_amp has picked, for the log."""
-    return str(amp_dtype or torch.float32).removeprefix("torch.")
-
-
-def build_scaler(device: torch.device, amp_dtype: torch.dtype | None) -> torch.amp.GradScaler:
-    """Only float16 needs its loss scaled; elsewhere the scale stays 1 and only the scaler's check
-    for gradients that are not finite is used."""
-    if amp_dtype == torch.float16:
-        return torch.amp.GradScaler(device.type)
-    never, unchanged = 2**31 - 1, 1 - 1e-12
-    return torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=never, backoff_factor=unchanged)
-
-
-class MovingAverage(ModelEmaV3):
-    """timm's, with its tensors listed once: walking two state dicts takes longer than the arithmetic."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model, decay=decay)
-        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-        self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int | None = None) -> None:
-        """model: the one that the average was made of."""
-        averages, values = zip(*self.floats, strict=True)
-        torch._foreach_lerp_(averages, values, weight=1 - self.decay)
-        for average, value in self.counts:
-            average.copy_(value)
-
-
-def param_groups(model: nn.Module, weight_decay: float, decay_new_biases: bool = True) -> list[dict]:
-    """AdamW's groups: what is new in a dynamic model, and the backbone, each with weight decay and without.
-
-    1-d parameters and biases of the backbone have no decay; those of new parts have it in the NeurIPS
-    paper's code (decay_new_biases) and not in the journal version's. A dynamic model's class token and
-    position embeddings are frozen; a dense model's are trained, without decay, and so are those of a
-    model with nothing new to train. Sets requires_grad accordingly.
-    """
-    dynamic = any(is_new(name) for name, _ in model.named_parameters())
-    members: dict[tuple[str, float], list[nn.Parameter]] = {
-        (name, decay): [] for name in (PREDICTOR, BACKBONE) for decay in (weight_decay, 0.0)
-    }
-    for name, parameter in model.named_parameters():
-        if name in FROZEN and dynamic:
-            # AdamW never sees them. The rest of the backbone is frozen by a learning rate of 0 in the first
-            # epochs: requires_grad_(False) with a bias that needs a gradient was an illegal memory access in
-            # compiled attention on CUDA until late 2026.
-            parameter.requires_grad_(False)
-            continue
-        is_vector = name in FROZEN or parameter.ndim == 1 or name.endswith(".bias")
-        decays = not is_vector or (is_new(name) and decay_new_biases)
-        members[PREDICTOR if is_new(name) else BACKBONE, weight_decay if decays else 0.0].append(parameter)
-    return [
-        {"name": name, "params": parameters, "weight_decay": decay}
-        for (name, decay), parameters in members.items()
-        if parameters
-    ]
-
-
-def learning_rates(recipe: Recipe, dense: bool, steps_per_epoch: int, epoch: float) -> dict[str, float]:
-    """By group name. epoch: epochs done, with a fraction."""
-    if recipe.recipe != "neurips":
-        return stepwise_rates(recipe, steps_per_epoch, round(epoch * steps_per_epoch), dense)
-    lr = recipe.lr * recipe.step_images / 512
-    if dense:
-        return dense_rates(lr, recipe.min_lr, epoch, recipe.epochs, recipe.warmup_epochs)
-    return dynamic_rates(lr, recipe.min_lr, epoch, recipe.epochs, recipe.frozen_epochs, recipe.backbone_lr_scale)
-
-
-def cosine(lr: float, min_lr: float, done: float, total: float) -> float:
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done / total))
-
-
-def dynamic_rates(
-    lr: float, min_lr: float, epoch: float, epochs: int, frozen_epochs: float, backbone_scale: float
-) -> dict[str, float]:
-    """The NeurIPS schedule, constant within an epoch: predictors by cosine; the backbone not at
-    all for the first epochs, while the predictors are no better than chance, then hardly."""
-    epoch = math.floor(epoch)
-    predictor = cosine(lr, min_lr, epoch, epochs)
-    backbone = 0.0 if epoch < frozen_epochs else min(backbone_scale * lr, predictor)
-    return {PREDICTOR: predictor, BACKBONE: backbone}
-
-
-def dense_rates(lr: float, min_lr: float, epoch: float, epochs: int, warmup_epochs: float) -> dict[str, float]:
-    """For a backbone alone: linear warm-up, then cosine, step by step."""
-    if epoch < warmup_epochs:
-        return {BACKBONE: min_lr + (lr - min_lr) * epoch / warmup_epochs}
-    return {BACKBONE: cosine(lr, min_lr, epoch, epochs)}
-
-
-def stepwise_rates(recipe: Recipe, steps_per_epoch: int, step: int, dense: bool) -> dict[str, float]:
-    """The journal version's schedule: linear from 0 to lr, then cosine; the backbone has its share of it
-    once it is no longer frozen. lr is not scaled by the batch."""
-    warmup = round(recipe.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        lr = recipe.lr * step / max(warmup - 1, 1)
-    else:
-        lr = cosine(recipe.lr, recipe.min_lr, step - warmup, recipe.epochs * steps_per_epoch - warmup)
-    if dense:
-        return {BACKBONE: lr}
-    frozen = step < recipe.frozen_epochs * steps_per_epoch
-    return {PREDICTOR: lr, BACKBONE: 0.0 if frozen else recipe.backbone_lr_scale * lr}
-
-
-def set_rates(optimizer: Optimizer, rates: dict[str, float]) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
+    return replace(RECIPES[name].augmentation, **changes)

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 
 import numpy as np
 import torch
@@ -130,8 +131,10 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         built_for_gpus = torch.version.cuda or torch.version.hip
         if name == "auto" and built_for_gpus and is_main_process():
-            warning = "warning: this PyTorch is built for GPUs, but finds none that it can use: computing on the CPU"
-            print(f"{warning} (--device cpu silences this)", file=sys.stderr, flush=True)
+            warn_once(
+                "this PyTorch is built for GPUs, but finds none that it can use: computing on the CPU "
+                "(--device cpu silences this)"
+            )
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError("--device cuda, but torch sees no GPU here; use --device cpu")
@@ -139,6 +142,12 @@ def pick_device(name: str) -> torch.device:
     if index >= torch.cuda.device_count():
         raise LaunchError(f"more processes than the {torch.cuda.device_count()} GPU(s) here; lower --nproc_per_node")
     return torch.device("cuda", index)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """However often it is said in a process."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def get_rank() -> int:

@@ -68,10 +68,11 @@ def choose_attention(vit: nn.Module, images: Tensor) -> None:
     coarse = vit.training and matmul_dtype(images) == torch.float16
     pooling = [vit.attn_pool] if vit.global_pool == "map" else []
     for attention in [*chain.from_iterable(attentions(block) for block in vit.blocks), *pooling]:
-        if (slow or coarse) and attention.fused_attn:
-            attention.fused_attn, attention.rests = False, True
-        elif not (slow or coarse) and getattr(attention, "rests", False):
-            attention.fused_attn, attention.rests = use_fused_attn(), False
+        # Compiled code must not read what it is about to write, or it would be compiled again for the next call.
+        if not torch.compiler.is_compiling() and attention.fused_attn != getattr(attention, "fused_as_set", None):
+            attention.may_fuse = attention.fused_attn  # not set here: by timm, or by the user
+        fused = getattr(attention, "may_fuse", use_fused_attn()) and not (slow or coarse)
+        attention.fused_attn = attention.fused_as_set = fused
 
 
 def log_weights(weights: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ that stages can stand before), default_pruning_loc(model), keep_rates(base_rate,
 outputs_of(model, images) (what a teacher gives), map_published(weights, model).
 """
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -103,8 +104,10 @@ def find(wanted: str | Scorer | Reducer, known: dict, kind: type) -> Scorer | Re
         if wanted not in known:
             raise ValueError(f"unknown {kind.__name__.lower()} '{wanted}'; known: {', '.join(known)}")
         return known[wanted]
-    if not isinstance(wanted, kind) or not isinstance(getattr(wanted, "name", None), str):
-        raise ValueError(f"a {kind.__name__.lower()} is a name or a {kind.__name__} with a name, got {wanted!r}")
+    if not isinstance(wanted, kind) or not re.fullmatch(r"[\w.\-]+", getattr(wanted, "name", "")):
+        raise ValueError(
+            f"a {kind.__name__.lower()} is a name or a {kind.__name__} with a name of one word, got {wanted!r}"
+        )
     if type(known.setdefault(wanted.name, wanted)) is not type(wanted):
         raise ValueError(f"another {kind.__name__.lower()} is called '{wanted.name}'; give yours a name of its own")
     return wanted

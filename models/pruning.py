@@ -314,9 +314,10 @@ class TokenPruning(Dynamic):
         """What happens at a stage where tokens leave."""
 
         def at_stage(stage: int, tokens: Tokens) -> None:
-            look = self.look(stage, tokens)
+            left = tokens.x.shape[1] - self.num_prefix_tokens
+            num_keep = self.tokens_kept(run.stages[0].scores.shape[1] if run.stages else left)[stage]
+            look = self.look(stage, tokens, num_keep)
             scores = self.scorer(look, self.score_predictor[stage] if self.scorer.learned else None)
-            num_patches = (run.stages[0].scores if run.stages else scores.scores).shape[1]
             size = look.sizes
             if self.training and self.scorer.probability and self.reducer.merges:
                 # Who is kept is a hard choice without a gradient. But a token's size says how much it counts
@@ -325,7 +326,6 @@ class TokenPruning(Dynamic):
                 # value stays), and the predictor learns which tokens should count for more.
                 probability = scores.scores.exp()
                 size = size * (1 + probability - probability.detach())
-            num_keep = self.tokens_kept(num_patches)[stage]
             reduced = self.reducer(tokens.x, scores, size, num_keep, self.num_prefix_tokens)
             if run.restorer is not None:
                 run.restorer.note(look.tokens, reduced, self.num_prefix_tokens)
@@ -338,13 +338,13 @@ class TokenPruning(Dynamic):
 
         return at_stage
 
-    def look(self, stage: int, tokens: Tokens) -> Look:
+    def look(self, stage: int, tokens: Tokens, num_keep: int) -> Look:
         """What the scorer sees: the attention is that of the block before the stage, or around it."""
         has_class_token = self.adapter.has_class_token(self)
         attention = []
         if self.scorer.reads_attention(has_class_token):
             attention = self.adapter.observed(self, observed_block(self.pruning_loc[stage], self.place), tokens)
-        return Look(tokens.x, self.num_prefix_tokens, tokens.size, has_class_token, attention)
+        return Look(tokens.x, self.num_prefix_tokens, tokens.size, has_class_token, num_keep, attention)
 
     # --- timm's setters
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.amp import is_autocast_available
 
 from . import kernels
 
@@ -37,6 +36,7 @@ class Scores(NamedTuple):
     scores: Tensor  # (B, N): the best ones stay
     weights: Tensor | None = None  # (B, N) a token's weight in the mean that it becomes part of; None: its size
     similarity: Tensor | None = None  # (B, N, N) of each token with each; None: the cosine of the tokens
+    rows: Tensor | None = None  # (B, M) the tokens that similarity has rows for, (B, M, N); all that may leave
 
 
 class Reduced(NamedTuple):
@@ -82,8 +82,8 @@ class Merge(Reducer):
     keeps_length = False
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
-        ranking, weights, similarity = scores
-        return merge(x, ranking, size, num_keep, num_prefix, weights, similarity, self.keeps_length)
+        ranking, weights, similarity, rows = scores
+        return merge(x, ranking, size, num_keep, num_prefix, weights, similarity, rows, self.keeps_length)
 
 
 class MergeKeepingLength(Merge):
@@ -117,6 +117,7 @@ def merge(
     num_prefix: int,
     weights: Tensor | None = None,
     similarity: Tensor | None = None,
+    rows: Tensor | None = None,
     keep_length: bool = False,
 ) -> Reduced:
     """Keeps the num_keep best tokens; each other one joins the kept one that it is most similar to.
@@ -124,7 +125,7 @@ def merge(
     (B, P+N, C) tokens, (B, N) scores, (B, N) sizes: how many patches a token stands for. A kept token
     becomes the mean of itself and those that joined it, weighted by size, so that the sum of size
     times token stays what it was; sizes add up. Prefix tokens never merge.
-    weights: (B, N), for the mean instead of the sizes. similarity: (B, N, N), instead of the tokens' cosine.
+    weights: (B, N), for the mean instead of the sizes. similarity, rows: see Scores.
     keep_length: each mean gets the mean length of the tokens in it.
     """
     if weights is not None:
@@ -140,16 +141,18 @@ def merge(
     if similarity is None:
         place = join_by_cosine(x[:, num_prefix:].detach(), order, num_keep)
     else:
-        place = join(similarity, order, num_keep)
+        place = join(similarity, order, num_keep, rows)
     return merge_groups(x, place, kept, size, num_prefix, weights, keep_length)
 
 
-def join(similarity: Tensor, order: Tensor, num_keep: int) -> Tensor:
-    """(B, N, N) similarities, (B, N) tokens, best first -> (B, N) which of the kept each token is part of."""
+def join(similarity: Tensor, order: Tensor, num_keep: int, rows: Tensor | None = None) -> Tensor:
+    """(B, N, N) similarities, or (B, M, N) of the (B, M) rows alone, (B, N) tokens, best first -> (B, N) which of the
+    kept each token is part of."""
     rank = ranks(order)
     leaves = rank >= num_keep
     nearest = similarity.masked_fill(leaves[:, None, :], -torch.inf).argmax(dim=-1)
-    return torch.where(leaves, rank.gather(1, nearest), rank)
+    joined = rank.gather(1, nearest)
+    return torch.where(leaves, joined if rows is None else rank.scatter(1, rows, joined), rank)
 
 
 def join_by_cosine(tokens: Tensor, order: Tensor, num_keep: int) -> Tensor:
@@ -230,17 +233,19 @@ def lost(tokens: Tensor, merged: Tensor, place: Tensor) -> Tensor:
     return tokens - unmerge(merged, place)
 
 
-def cosine_similarity(tokens: Tensor, others: Tensor) -> Tensor:
+def cosine_similarity(tokens: Tensor, others: Tensor, rows: Tensor | None = None) -> Tensor:
     """(B, M, C) and (B, K, C) tokens -> (B, M, K) cosines of each with each, in float32.
 
-    Those of a ViT's tokens often differ by less than bfloat16 can tell.
+    Those of a ViT's tokens often differ by less than bfloat16 can tell. rows: (B, M), where tokens are these of others.
     """
     device = tokens.device.type
-    without_autocast = torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+    # torch 2.11 cannot trace its own question whether a device has autocast; of ours only meta has none.
+    without_autocast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
     with without_autocast:
-        directions = F.normalize(tokens.float(), dim=-1)
-        other_directions = directions if others is tokens else F.normalize(others.float(), dim=-1)
-        return directions @ other_directions.transpose(1, 2)
+        directions = F.normalize(others.float(), dim=-1)
+        if rows is not None:
+            return take_rows(directions, rows) @ directions.transpose(1, 2)
+        return (directions if others is tokens else F.normalize(tokens.float(), dim=-1)) @ directions.transpose(1, 2)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

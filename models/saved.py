@@ -10,106 +10,160 @@ there before memory is taken for it.
 
 import hashlib
 import json
-import math
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from timm.layers import DropPath, PatchDropout
+from timm.models import is_model_pretrained
 from torch import nn
 
 from . import huggingface
-from .describe import data_config, describe
+from .card import CARD_MARK, model_card
+from .describe import describe
 from .factory import ARCHS, build_model
-from .families import make_dynamic
-from .spec import CheckpointError, ModelError, ModelSpec, StateDict
+from .reducers import REDUCERS
+from .scorers import SCORERS
+from .spec import (
+    SIZES,
+    CheckpointError,
+    ModelError,
+    ModelSpec,
+    Preprocessing,
+    StateDict,
+    as_tuples,
+    check_values,
+    one_side,
+    plain,
+    shown,
+)
 from .version import __version__
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+HUB_NAME = re.compile(r"(?:hf[-_]hub:)?([\w.\-]+/[\w.\-]+)(?:@([\w.\-/]+))?")
+FILE_ENDINGS = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors", ".onnx", ".pt2")  # of no model on the hub
+HUB_PATIENCE = 5  # seconds to wait for the hub before its cache alone is used
+BUILT_IN = {"scorer": frozenset(SCORERS), "reducer": frozenset(REDUCERS)}
+INERT = (DropPath, PatchDropout, nn.Dropout, nn.Identity)  # they do nothing in eval mode
+# Of the arguments that timm builds a model with, those that a description has, or that no answer depends on.
+TIMM_ARGUMENTS = {
+    *SIZES,
+    "img_size",
+    "num_classes",
+    "global_pool",
+    "drop_rate",
+    "drop_path_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+}
 MAX_CONFIG_BYTES = 64 * 2**20  # a million class names
 MAX_UNSAVED_BYTES = 2**30  # of position tables, masks and the like, which a model makes by itself
 # What differs between a model that has trained or run and one that is newly built, but is no part of what it computes.
 PASSING_STATE = {
-    *("training", "fused_attn", "rests", "grad_checkpointing", "drop_prob", "p", "class_names"),
+    *("training", "fused_attn", "may_fuse", "fused_as_set", "grad_checkpointing", "class_names", "notes"),
     *("all_outputs", "restore", "built_pool", "built_depth"),
 }
+logger = logging.getLogger(__name__)
 
 
 def save_pretrained(
     model: nn.Module, folder: str | Path, class_names: Sequence[str] | None = None, **notes: Any
 ) -> None:
-    """Writes model.safetensors and config.json, which from_pretrained reads.
+    """Writes model.safetensors and config.json, which from_pretrained reads, and README.md, a model card.
 
     model: from create_model or from_pretrained, or a timm model, made dynamic or not. notes: how the
-    model was made (recipe="...", accuracy=...), kept for the reader. A folder that could not be written
-    to its end is refused by from_pretrained. Raises ModelError if the model could not be built again from
-    its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
+    model was made and what it does (recipe="...", accuracy=...), kept for the reader. What was written is read
+    back before it gets its name; a folder that could not be written to its end is refused by from_pretrained.
+    A README.md that somebody else wrote is left as it is. Raises ModelError if the model could not be built again
+    from its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
     the stages in its config.
     """
     if isinstance(model, huggingface.PreTrainedVisionModel):
         huggingface.save(model, folder, class_names, notes)
         return
     spec = describe_model(model, class_names)
-    check_rebuilds(spec, model)
     folder = Path(folder)
     weights, config = (folder / f"{name}.tmp" for name in (WEIGHTS, CONFIG))
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if odd := [name for name, value in state.items() if value.isnan().any()]:
+        raise CheckpointError(f"this model is not saved: {odd[0]} holds NaN, so its answers are none")
+    check_rebuilds(spec, model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        weights.write_bytes(save(state, metadata={"format": "pt"}))  # save_file leaves it readable for its owner alone
+        weights.write_bytes(save(state, metadata={"format": "pt"}))  # save_file: readable for its owner alone
         config.write_text(config_text(spec, sha256_of(weights), **notes))
         flush(weights)
         flush(config)
+        check_shapes(build_on_meta(read_config(config)[0], config), weights)
         os.replace(weights, folder / WEIGHTS)
         os.replace(config, folder / CONFIG)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(errors="replace"):
+            (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes)), encoding="utf-8")
+    except (OSError, RuntimeError, SafetensorError, ModelError) as error:
         for path in (weights, config):
             with suppress(OSError):
                 path.unlink()
         raise CheckpointError(f"cannot save the model in {folder} ({first_line(error)})") from error
+    for line in requirements(spec):
+        logger.warning("%s: to load it, first %s", folder, line)
 
 
-def from_pretrained(source: str | Path, revision: str | None = None) -> nn.Module:
-    """The model that save_pretrained wrote, in eval mode, on the CPU, in float32.
+def push_to_hub(
+    model: nn.Module | str | Path,
+    name: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Upload model",
+    **notes: Any,
+) -> str:
+    """Publishes a model, or a folder of save_pretrained's, as user/name on the Hugging Face hub; returns its address.
 
-    source: a folder, or user/name on the Hugging Face hub (then revision: a branch, tag or commit there).
-    The model has data_config, what timm.data.create_transform takes for its preprocessing, and
-    class_names (None if they were not saved). Raises CheckpointError for anything missing or not fitting.
+    Only the weights, the description and the card are uploaded, whatever else the folder holds. class_names and
+    notes: see save_pretrained. token: of the user's account (default: that of `hf auth login`). Raises ModelError.
     """
-    folder = Path(source)
-    if folder.is_file():
-        raise CheckpointError(f"{source} is not a saved model's folder (checkpoints.load_model reads checkpoints)")
-    if not folder.is_dir():
-        folder = download(str(source), revision)
-    if huggingface.is_saved_by_transformers(folder):
-        return load_transformers(folder)
-    spec, weights = read_saved(folder)
-    model = build_model(spec)
-    model.load_state_dict(weights)
-    if spec.dense:  # a dynamic model has them by itself
-        model.data_config, model.class_names = data_config(model.spec), model.spec.class_names
-    return model.eval()
+    if (match := HUB_NAME.fullmatch(name)) is None or match[2]:
+        raise CheckpointError(f"a model on the hub is called user/name, got {shown(name)}")
+    name = match[1]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, name.partition("/")[2]) if isinstance(model, nn.Module) else Path(model)
+        if isinstance(model, nn.Module):
+            save_pretrained(model, folder, class_names, **notes)
+        elif class_names is not None or notes:
+            raise ModelError("class names and notes are those of the folder; give them to save_pretrained")
+        spec, _ = read_saved(folder)  # nothing that could not be loaded is published
+        card = (folder / CARD).read_text() if (folder / CARD).is_file() else model_card(spec, folder.resolve().name, {})
+        card = card.replace(f'from_pretrained("{folder.resolve().name}")', f'from_pretrained("{name}")')
+        files = {WEIGHTS: str(folder / WEIGHTS), CONFIG: str(folder / CONFIG), CARD: card.encode()}
+        try:
+            from huggingface_hub import CommitOperationAdd, HfApi  # slow to import, and needed here alone
+
+            hub = HfApi(token=token)
+            address = hub.create_repo(name, private=private, exist_ok=True)
+            hub.create_commit(name, [CommitOperationAdd(*file) for file in files.items()], commit_message=message)
+        except Exception as error:  # no network, no permission, no space: each with a type of its own
+            raise CheckpointError(
+                f"cannot publish {name} ({first_line(error)}); log in with `hf auth login`, or give token="
+            ) from error
+    return str(address)
 
 
-def load_transformers(folder: Path) -> nn.Module:
-    """The dynamic model that transformers has written, with the stages that its config has."""
-    model = huggingface.load_dense(folder)
-    stages = huggingface.stages_in(model, folder)
-    try:
-        make_dynamic(model, **stages)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its {CONFIG} has stages that cannot be ({first_line(error)})") from error
-    huggingface.load_predictors(model, folder)
-    return model
+def requirements(spec: ModelSpec) -> list[str]:
+    """What somebody who loads the model has to do before: a line for each method that is not built in."""
+    own = [kind for kind, names in BUILT_IN.items() if not spec.dense and getattr(spec, kind) not in names]
+    return [f"register its {kind}: {kind.upper()}S[{getattr(spec, kind)!r}] = ..." for kind in own]
 
 
 def looks_like_saved(path: str | Path) -> bool:
@@ -118,18 +172,15 @@ def looks_like_saved(path: str | Path) -> bool:
 
 
 def read_saved(folder: str | Path) -> tuple[ModelSpec, StateDict]:
-    """Description and weights of a saved model. Raises CheckpointError unless they fit each other."""
+    """Description and weights of a saved model, of ours or of timm's. CheckpointError unless they fit each other."""
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(
-                f"no {name} in {folder}: not a saved model, or one that was not written to its end "
-                "(checkpoints.load_model reads a run's folder)"
-            )
+            raise CheckpointError(f"no {name} in {folder}: not a saved model, or one that was not written to its end")
     spec, digest = read_config(folder / CONFIG)
     weights = folder / WEIGHTS
     check_shapes(build_on_meta(spec, folder / CONFIG), weights)
-    if sha256_of(weights) != digest:
+    if digest is not None and sha256_of(weights) != digest:
         raise CheckpointError(
             f"{weights} is damaged, or is not the one that {CONFIG} was written for; save or download both again"
         )
@@ -138,8 +189,13 @@ def read_saved(folder: str | Path) -> tuple[ModelSpec, StateDict]:
 
 def config_text(spec: ModelSpec, digest: str = "", **notes: Any) -> str:
     """What config.json holds; exported files carry it, too. digest: the sum of the weights beside it."""
-    content = {"model": spec.to_dict(), "sha256": digest, "dynamicvit": __version__, "notes": notes}
-    return json.dumps(content, indent=1, default=str) + "\n"
+    content = {"model": spec.to_dict(), "sha256": digest, "dynamicvit": __version__, "notes": plain(notes)}
+    if needed := requirements(spec):
+        content["requires"] = needed
+    try:
+        return json.dumps(content, indent=1) + "\n"
+    except TypeError as error:
+        raise ModelError(f"notes are strings, numbers, lists and dicts ({error})") from error
 
 
 def describe_model(model: nn.Module, class_names: Sequence[str] | None) -> ModelSpec:
@@ -177,51 +233,62 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 
 
 def settings(module: nn.Module) -> dict[str, Any]:
-    """What a module was made with: heads, kernel sizes, pooling, rates and so on."""
-    plain = {n: v for n, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
-    return {n: v for n, v in plain.items() if n not in PASSING_STATE} | {"type": type(module).__name__}
+    """What a module was made with: heads, kernel sizes, pooling, rates and so on; nothing of what is for training."""
+    if isinstance(module, INERT):
+        return {}
+    simple = {n: v for n, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, np.generic))}
+    return {n: as_tuples(v) for n, v in simple.items() if n not in PASSING_STATE} | {"type": type(module).__name__}
 
 
 def shapes_of(state: StateDict) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def read_config(path: Path) -> tuple[ModelSpec, str]:
-    """The description and the sum of the weights that it was written for."""
+def read_config(path: Path) -> tuple[ModelSpec, str | None]:
+    """The description and the sum of the weights that it was written for (None: of timm's, which has none)."""
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{path} is too large to be a model's description")
     return parse_config(path.read_bytes(), path)
 
 
-def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str]:
+def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str | None]:
     try:
         content = json.loads(text)
+        if "model" not in content and "architecture" in content:
+            return spec_of_timm(content), None
+        if "model" not in content and {"model_type", "architectures", "transformers_version"} & set(content):
+            raise ModelError("it is of Hugging Face's transformers: load it there, and make the loaded model dynamic")
         spec = ModelSpec.from_dict(content["model"])
-        check_values(spec)
-        return spec, str(content["sha256"])
+        digest = str(content["sha256"])
     except Exception as error:  # a hostile file can be wrong in any way, down to numbers of thousands of digits
         reason = f"no {error} in it" if isinstance(error, KeyError) else first_line(error)
         raise CheckpointError(f"{origin} does not describe a model ({reason})") from error
+    for kind, known in (("scorer", SCORERS), ("reducer", REDUCERS)):
+        if not spec.dense and (name := getattr(spec, kind)) not in known:
+            raise CheckpointError(
+                f"{origin} needs the {kind} {name}, which is not built in; before loading it, register it: "
+                f"models.{kind.upper()}S[{name!r}] = ..."
+            )
+    return spec, digest
 
 
-def check_values(spec: ModelSpec) -> None:
-    """What no building of the model would notice, or too late. Raises ModelError."""
-    if any(isinstance(value, (tuple, list)) and len(value) > 4 for value in spec.sizes.values()):
-        raise ModelError("a size of more than four numbers, one a stage")
-    if isinstance(spec.img_size, tuple) and len(spec.img_size) != 2:
-        raise ModelError(f"img_size is one number or (height, width), got {spec.img_size}")
-    if (how := spec.preprocessing) is not None:
-        numbers = (*how.mean, *how.std, how.crop_pct)
-        usable = len(how.mean) == len(how.std) == 3 and all(math.isfinite(number) for number in numbers)
-        if not usable or min(how.std) <= 0 or not 0.1 <= how.crop_pct <= 2 or how.interpolation not in INTERPOLATIONS:
-            raise ModelError(f"unusable preprocessing: {how}")
-    names = spec.class_names
-    if names is not None and not (
-        isinstance(names, tuple) and all(isinstance(name, str) and name.isprintable() for name in names)
-    ):
-        raise ModelError("class names must be strings that can be printed on one line")
-    if names is not None and spec.num_classes is not None and len(names) != spec.num_classes:
-        raise ModelError(f"{len(names)} class names for {spec.num_classes} classes")
+def spec_of_timm(content: Mapping[str, Any]) -> ModelSpec:
+    """Of the config.json that timm writes. Raises ModelError for what a description does not have."""
+    weights, arguments = content["pretrained_cfg"], content.get("model_args", {})
+    if strange := [n for n in arguments if n not in TIMM_ARGUMENTS and (n, arguments[n]) != ("in_chans", 3)]:
+        raise ModelError(f"timm's model was built with {strange[0]}; build it with timm, and make that dynamic")
+    tagged = f"{content['architecture']}.{weights.get('tag')}"
+    spec = ModelSpec(
+        arch=tagged if is_model_pretrained(tagged) else content["architecture"],
+        num_classes=content["num_classes"],
+        img_size=arguments.get("img_size") or one_side(weights["input_size"][1:]),
+        dense=True,
+        global_pool=arguments.get("global_pool"),
+        sizes={name: arguments[name] for name in SIZES if name in arguments},
+        preprocessing=Preprocessing(*(weights[name] for name in ("mean", "std", "crop_pct", "interpolation"))),
+    )
+    check_values(spec)
+    return spec
 
 
 def build_on_meta(spec: ModelSpec, origin: str | Path) -> nn.Module:
@@ -255,14 +322,22 @@ def check_shapes(model: nn.Module, path: Path) -> None:
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The folder in the hub's cache that holds a model's two files."""
-    if not HUB_NAME.fullmatch(name):
-        raise CheckpointError(f"no such file or folder: {name}")
+    """The folder in the hub's cache that holds a model's two files. name: user/name, also with hf-hub: before it
+    and @revision after it."""
+    match = HUB_NAME.fullmatch(name)
+    if match is None or name.endswith(FILE_ENDINGS):
+        raise CheckpointError(f"no such file{'' if name.endswith(FILE_ENDINGS) else ' or folder'}: {name}")
+    repository, revision = match[1], revision or match[2]
     try:
         from huggingface_hub import hf_hub_download, logging  # slow to import, and needed here alone
 
         logging.set_verbosity_error()  # the error below says it; it need not be announced at every try
-        config, weights = (Path(hf_hub_download(name, file, revision=revision)) for file in (CONFIG, WEIGHTS))
+        with offline_if_unreachable():
+            config = Path(hf_hub_download(repository, CONFIG, revision=revision))
+            read_config(config)  # before gigabytes are loaded for nothing
+            weights = Path(hf_hub_download(repository, WEIGHTS, revision=revision))
+    except CheckpointError:
+        raise
     except Exception as error:  # no network, no such model, no permission, no space: each with a type of its own
         raise CheckpointError(
             f"no folder {name}, and no such model could be had from the Hugging Face hub ({first_line(error)})"
@@ -270,6 +345,29 @@ def download(name: str, revision: str | None) -> Path:
     if config.parent != weights.parent:
         raise CheckpointError(f"{name} was changed on the hub while it was downloaded; try again")
     return weights.parent
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Within it, a hub that does not answer in time is not asked again and again: its cache alone is used."""
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
+    except Exception:  # of whichever library the hub is asked with
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as error:
+        if before or not constants.HF_HUB_OFFLINE:
+            raise
+        raise CheckpointError(
+            f"{constants.ENDPOINT} cannot be reached and the files are not in the cache; check the network"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def sha256_of(path: Path) -> str:

@@ -33,6 +33,7 @@ class Look:
     num_prefix: int
     size: Tensor | None  # (B, N) patches that each token stands for, float32; None: one each
     has_class_token: bool
+    num_keep: int  # how many of the N stay
     attention: Sequence[Attention]  # empty unless the scorer reads it; several where a block has parallel ones
 
     @property
@@ -163,15 +164,24 @@ class DistinctScorer(Scorer):
     """
 
     name = "distinct"
+    compared: int | None = None  # how many times as many tokens as have to leave are compared; None: all
 
     def reads_attention(self, has_class_token: bool) -> bool:
         return has_class_token
 
     def __call__(self, look: Look, module: None) -> Scores:
         if not look.has_class_token:
-            return OutlyingScorer()(look, module)
+            return distinct(outlying(look.tokens.detach(), look.sizes), look, None, self.compared)
         importance = attention_importance(look)
-        return distinct(importance, look, weights=importance)
+        return distinct(importance, look, importance, self.compared)
+
+
+class FewDistinctScorer(DistinctScorer):
+    """As distinct, but only the least important tokens are compared with the others, twice as many as have to leave;
+    the rest stays. That takes half of the arithmetic, and as those it keeps are important, errs less, too."""
+
+    name = "distinct_few"
+    compared = 2
 
 
 class OutlyingScorer(Scorer):
@@ -180,7 +190,7 @@ class OutlyingScorer(Scorer):
     name = "outlying"
 
     def __call__(self, look: Look, module: None) -> Scores:
-        return distinct(outlying(look.tokens.detach(), look.sizes), look, weights=None)
+        return distinct(outlying(look.tokens.detach(), look.sizes), look, None)
 
 
 class RandomScorer(Scorer):
@@ -194,7 +204,14 @@ class RandomScorer(Scorer):
 
 SCORERS: dict[str, Scorer] = {
     scorer.name: scorer
-    for scorer in (LearnedScorer(), AttentionScorer(), DistinctScorer(), OutlyingScorer(), RandomScorer())
+    for scorer in (
+        LearnedScorer(),
+        AttentionScorer(),
+        DistinctScorer(),
+        FewDistinctScorer(),
+        OutlyingScorer(),
+        RandomScorer(),
+    )
 }
 
 
@@ -263,27 +280,43 @@ def outlying(tokens: Tensor, size: Tensor) -> Tensor:
     return size * (1 - cosine_similarity(tokens, mean)[..., 0])
 
 
-def distinct(importance: Tensor, look: Look, weights: Tensor | None) -> Scores:
+def distinct(importance: Tensor, look: Look, weights: Tensor | None, compared: int | None = None) -> Scores:
     """Distinct scores of what comes to a stage, and the similarities, so that merging need not compute them again."""
     x = look.x.detach()  # as nothing here learns
+    num_tokens = importance.shape[1]
+    count = num_tokens if compared is None else max(1, compared * (num_tokens - look.num_keep))
+    rows = importance.topk(count, dim=1, largest=False).indices if count < num_tokens else None
     if kernels.available(x):
-        return Scores(kernels.distinct_scores(importance, x, look.num_prefix), weights)
+        scores = kernels.distinct_scores(importance, x, look.num_prefix)
+        return Scores(scores if rows is None else above_all(importance, rows, scores.gather(1, rows)), weights)
     tokens = x[:, look.num_prefix :]
-    similarity = cosine_similarity(tokens, tokens)
-    return Scores(distinct_scores(importance, tokens, similarity), weights, similarity)
+    similarity = cosine_similarity(tokens, tokens, rows)
+    scores = distinct_scores(importance, tokens, similarity, rows)
+    return Scores(scores, weights, similarity, rows)
 
 
-def distinct_scores(importance: Tensor, tokens: Tensor, similarity: Tensor | None = None) -> Tensor:
+def distinct_scores(
+    importance: Tensor, tokens: Tensor, similarity: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
     """What would be lost if a token joined the nearest one that is more important.
 
     (B, N) importance, (B, N, C) tokens -> (B, N) scores: importance times the cosine distance to the most similar
     token of greater importance, as density peaks clustering ranks its centres (Rodriguez and Laio, Science 2014).
-    Of tokens that look alike only the most important one scores high. similarity: (B, N, N), where it is known.
+    Of tokens that look alike only the most important one scores high. similarity: (B, N, N), where it is known, or
+    (B, M, N) of these (B, M) rows, if the other tokens are to stay in any case.
     """
     if similarity is None:
         similarity = cosine_similarity(tokens, tokens)
-    not_more_important = importance[:, None, :] <= importance[:, :, None]
-    return importance * (1 - similarity.masked_fill(not_more_important, -1.0).amax(dim=-1))
+    own = importance if rows is None else importance.gather(1, rows)
+    not_more_important = importance[:, None, :] <= own[:, :, None]
+    scores = own * (1 - similarity.masked_fill(not_more_important, -1.0).amax(dim=-1))
+    return scores if rows is None else above_all(importance, rows, scores)
+
+
+def above_all(importance: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
+    """(B, N) scores: these (B, M) in these rows, and higher ones for all other tokens, in the order of importance."""
+    # no score is above twice the largest importance, as no cosine distance is above 2
+    return (importance + 2 * importance.amax(dim=1, keepdim=True)).scatter(1, rows, scores)
 
 
 def random_scores(tokens: Tensor) -> Tensor:

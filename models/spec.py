@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 class ModelError(ValueError):
@@ -33,6 +34,10 @@ class Preprocessing:
     crop_pct: float = 224 / 256
     interpolation: str = "bicubic"
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, as_tuples(getattr(self, f.name)))
+
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 images -> float32, as the model takes them."""
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) * 255 for values in (self.mean, self.std))
@@ -53,6 +58,7 @@ LARGEST = {
     "window_size": 1024,
 }
 NEWER = ("place", "global_pool")  # fields that older versions do not know, saved only where they say something
+PLACES = ("before", "inside")
 SIZES = tuple(name for name in LARGEST if name not in ("num_classes", "img_size"))
 
 
@@ -85,18 +91,32 @@ class ModelSpec:
     global_pool: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.arch, str) or not re.fullmatch(r"[\w.\-]+", self.arch):
-            raise ModelError(f"not the name of an architecture: {self.arch!r}")
-        if not 0 < self.base_rate <= 1:
-            raise ModelError(f"keep rates must lie in (0, 1], got base rate {self.base_rate}")
+        for f in fields(self):
+            object.__setattr__(self, f.name, as_tuples(getattr(self, f.name)))
+        for name in ("arch", "scorer", "reducer"):
+            if not isinstance(word := getattr(self, name), str) or not re.fullmatch(r"[\w.\-]+", word):
+                what = "an architecture" if name == "arch" else f"a {name}"
+                raise ModelError(f"not the name of {what}: {shown(word)}")
+        for name in ("dense", "merge_streams"):
+            if not isinstance(getattr(self, name), bool):
+                raise ModelError(f"{name} is true or false, got {shown(getattr(self, name))}")
+        if self.place not in PLACES:
+            raise ModelError(f"stages stand {' or '.join(PLACES)} blocks, got {shown(self.place)}")
+        if self.global_pool is not None and not (is_printable(self.global_pool) and len(self.global_pool) < 20):
+            raise ModelError(f"not the name of a pooling: {shown(self.global_pool)}")
+        if not isinstance(self.sizes, Mapping):
+            raise ModelError(f"sizes have names, got {shown(self.sizes)}")
         for name, value in {"num_classes": self.num_classes, "img_size": self.img_size, **self.sizes}.items():
-            if name not in LARGEST:
-                raise ModelError(f"a model has no size called {name}")
-            for number in value if isinstance(value, (tuple, list)) else (value,):
-                lowest = 0 if name == "num_classes" else 1e-9  # no classes: the model gives embeddings
-                if number is not None and not (math.isfinite(number) and lowest <= number <= LARGEST[name]):
-                    limits = "positive" if number <= LARGEST[name] else f"at most {LARGEST[name]}"
-                    raise ModelError(f"{name} must be {limits}, got {number}")
+            check_size(name, value)
+        check_rates("base rate", (self.base_rate,))
+        if self.keep_rates is not None:
+            check_rates("keep_rates", self.keep_rates)
+        if self.pruning_loc is not None and not is_list_of(self.pruning_loc, is_whole):
+            raise ModelError(f"pruning_loc is the numbers of blocks, got {shown(self.pruning_loc)}")
+        if self.preprocessing is not None and not isinstance(self.preprocessing, Preprocessing):
+            raise ModelError(f"not a preprocessing: {shown(self.preprocessing)}")
+        if self.class_names is not None and not is_list_of(self.class_names, is_printable):
+            raise ModelError("class names must be strings that can be printed on one line")
 
     def to_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts only, for JSON and for checkpoints."""
@@ -109,15 +129,18 @@ class ModelSpec:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ModelSpec":
         """What to_dict gave. Raises ModelError for unknown fields and for values of another kind."""
-        unknown = set(content) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ModelError(f"a model's description has no field {', '.join(sorted(unknown))}")
+        if not isinstance(content, Mapping):
+            raise ModelError(f"a model's description has named fields, got {shown(content)}")
+        if unknown := [name for name in content if name not in {f.name for f in fields(cls)}]:
+            raise ModelError(f"a model's description has no field {shown(unknown[0])}")
         try:
             values = {name: as_tuples(value) for name, value in content.items()}
             if values.get("preprocessing") is not None:
                 values["preprocessing"] = Preprocessing(**values["preprocessing"])
-            return cls(**values)
-        except TypeError as error:
+            spec = cls(**values)
+            check_values(spec)
+            return spec
+        except (TypeError, RecursionError) as error:
             raise ModelError(f"a model's description cannot be read ({error})") from error
 
     def differences(self, other: "ModelSpec") -> list[str]:
@@ -133,6 +156,71 @@ class ModelSpec:
         return replace(self, dense=True)
 
 
+def check_values(spec: ModelSpec) -> None:
+    """What a description is asked only when it is whole. Raises ModelError."""
+    if (how := spec.preprocessing) is not None:
+        colours = all(is_list_of(values, is_number) and len(values) == 3 for values in (how.mean, how.std))
+        usable = colours and min(how.std) > 0 and is_number(how.crop_pct) and 0.1 <= how.crop_pct <= 2
+        if not usable or how.interpolation not in INTERPOLATIONS:
+            raise ModelError(f"unusable preprocessing: {shown(how)}")
+    if spec.class_names is not None and spec.num_classes not in (None, len(spec.class_names)):
+        raise ModelError(f"{len(spec.class_names)} class names for {spec.num_classes} classes")
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raises ModelError for a size that no model has. value: a number, one a stage, or (height, width); or None."""
+    if name not in LARGEST:
+        raise ModelError(f"a model has no size called {shown(name)}")
+    several = isinstance(value, tuple)
+    if name == "img_size" and several and len(value) != 2:
+        raise ModelError(f"img_size is one number or (height, width), got {shown(value)}")
+    if (name == "depths" and value is not None and not several) or (several and not 1 < len(value) <= 4):
+        raise ModelError(f"{name}: a size is a number, or up to four numbers, one a stage; got {shown(value)}")
+    if name in ("depths", "num_heads") and several and len(value) != 4:
+        raise ModelError(f"{name} is four numbers, one a stage; got {shown(value)}")
+    lowest = 0 if name == "num_classes" else 1e-9  # no classes: the model gives embeddings
+    for number in value if several else (value,):
+        if number is None:
+            continue
+        if not (is_number(number) if name == "mlp_ratio" else is_whole(number, -math.inf)):
+            raise ModelError(f"{name} must be a {'' if name == 'mlp_ratio' else 'whole '}number, got {shown(number)}")
+        if not lowest <= number <= LARGEST[name]:
+            limits = "positive" if number <= LARGEST[name] else f"at most {LARGEST[name]}"
+            raise ModelError(f"{name} must be {limits}, got {shown(number)}")
+
+
+def check_rates(name: str, rates: Any) -> None:
+    if not is_list_of(rates, lambda rate: is_number(rate) and 0 < rate <= 1):
+        what = shown(rates[0] if name == "base rate" else rates)
+        raise ModelError(f"keep rates must lie in (0, 1], got {name} {what}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def is_whole(value: Any, lowest: float = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+
+
+def is_printable(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def is_list_of(values: Any, test: Callable[[Any], bool]) -> bool:
+    """Whether values are a tuple, not an empty one, of what passes the test."""
+    return isinstance(values, tuple) and len(values) > 0 and all(map(test, values))
+
+
+def shown(value: Any) -> str:
+    """For a message: on one line, printable, and not long, whatever a file holds."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def one_side(size: Sequence[int]) -> int | tuple[int, int]:
     """(height, width), or one number where they are equal."""
     height, width = size
@@ -140,14 +228,17 @@ def one_side(size: Sequence[int]) -> int | tuple[int, int]:
 
 
 def plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    """For JSON: numbers of numpy and of tensors become Python's, tuples become lists."""
+    value = as_tuples(value)
+    if isinstance(value, dict):
         return {name: plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return value
+    return [plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def as_tuples(value: Any) -> Any:
+    """The same in dicts, tuples and Python's own numbers, whatever arrays, tensors, lists and ranges it is made of."""
     if isinstance(value, Mapping):
         return {name: as_tuples(entry) for name, entry in value.items()}
-    return tuple(as_tuples(entry) for entry in value) if isinstance(value, (list, tuple)) else value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(as_tuples(entry) for entry in value) if isinstance(value, (list, tuple, range)) else value

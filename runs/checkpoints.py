@@ -1,33 +1,21 @@
 """A run's checkpoints: which one to resume, what is in it, and writing it so that nothing is lost."""
 
-import argparse
 import sys
-import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
 from dynamicvit.errors import UserError
-from dynamicvit.models import (
-    ARCHS,
-    CheckpointError,
-    ModelError,
-    ModelSpec,
-    build_model,
-    find_weights,
-    from_pretrained,
-    load_weights,
-    looks_like_saved,
-    read_checkpoint,
-)
-from dynamicvit.models.pretrained import BEST, LAST, checkpoint_in
+from dynamicvit.models import CheckpointError, ModelError, ModelSpec, read_checkpoint
+from dynamicvit.models.pretrained import BEST, LAST, checkpoint_in, spec_of
 from dynamicvit.runs.whole import temporary_path, whole_file
-from dynamicvit.utils import gather, get_rank, is_main_process, log
-from torch import Tensor, nn
+from dynamicvit.utils import gather, get_rank, is_main_process
+from torch import Tensor
 
 
 @dataclass
@@ -36,7 +24,7 @@ class Progress:
 
     epoch: int = 0
     images: int = 0  # of this epoch, by all processes together
-    history: list[dict[str, Any]] = field(default_factory=list)  # what log.txt says, an entry an epoch
+    history: list[dict[str, int | float]] = field(default_factory=list)  # what log.txt says, an entry an epoch
     dense: dict[str, float] | None = None  # the teacher's own validation
     bad_images: list[str] = field(default_factory=list)
     data: dict[str, str] = field(default_factory=dict)  # fingerprints, by data set
@@ -73,75 +61,33 @@ class RunState:
         missing = sorted(needed - set(content))
         if "optimizer" in missing:
             raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
-        if missing or (content["epoch"] > 0 and not content["history"]) or not content["sums"]:
+        if missing or (content["epoch"] and not content["history"]) or not content["sums"]:
             lack = ", ".join(missing) or ("history" if content["sums"] else "sums")
             raise UserError(f"the file to resume lacks a part ({lack}); start from its weights with --pretrained")
+        hints = get_type_hints(cls) | get_type_hints(Progress)
+        wrong = [name for name in sorted((needed | known) & set(content)) if not fits(content[name], hints[name])]
+        if wrong:
+            raise UserError(
+                f"the file to resume is not whole ({wrong[0]} is none of a run's); start from its weights with "
+                "--pretrained"
+            )
         progress = Progress(**{name: content[name] for name in known if name in content})
         own = {f.name: content[f.name] for f in fields(cls) if f.name not in ("progress", "spec")}
         return cls(**own, spec=spec_of(content), progress=progress)
 
 
-def settings_of(content: dict[str, Any]) -> dict[str, Any]:
-    """The flags of the command that wrote a checkpoint; empty where it tells none."""
-    args = content.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args  # published files
-    return args if isinstance(args, dict) else {}
-
-
-def spec_of(content: dict[str, Any]) -> ModelSpec | None:
-    """The description of the model whose weights a checkpoint holds, where it tells one.
-
-    Files from before there were descriptions, and the published ones, tell it by their arguments.
-    """
-    if content.get("spec"):
-        return ModelSpec.from_dict(content["spec"])
-    args = settings_of(content)
-    arch = known_arch(args.get("model")) or known_arch(args.get("arch"))
-    if arch is None:
-        return None
-    sizes = {n: args[n] for n in ARCHS[arch].sizes if args.get(n) is not None}
-    sizes = {n: value for n, value in sizes.items() if value != ARCHS[arch].sizes[n]}
-    head = find_weights(content).get("head.bias")
-    return ModelSpec(
-        arch=arch,
-        base_rate=args.get("base_rate", 0.7),
-        num_classes=len(head) if head is not None else args.get("num_classes"),
-        img_size=args.get("input_size"),
-        dense=bool(args.get("dense")),
-        sizes=sizes,
-        pruning_loc=tuple(args.get("pruning_loc") or ARCHS[arch].pruning_loc),
-        keep_rates=tuple(args["keep_rates"]) if args.get("keep_rates") else None,
-    )
-
-
-def known_arch(name: object) -> str | None:
-    """Our name of an architecture; the published code writes deit-s and swin-t for some."""
-    if not isinstance(name, str):
-        return None
-    ours = {"deit-s": "deit_small", "deit-b": "deit_base", "deit-256": "deit_256"}.get(name, name.replace("-", "_"))
-    return ours if ours in ARCHS else None
-
-
-def load_model(source: str | Path) -> nn.Module:
-    """A model in eval mode on the CPU, as it describes itself.
-
-    source: a saved model's folder or its name on the hub (see from_pretrained), a run's folder (then its best
-    epoch), or a checkpoint. Raises CheckpointError.
-    """
-    if looks_like_saved(source) or not Path(source).exists():
-        return from_pretrained(source)
-    return restore_model(read_checkpoint(source), source)
-
-
-def restore_model(content: dict[str, Any], source: str | Path) -> nn.Module:
-    """As load_model, from what read_checkpoint has read. source: its name, for messages."""
-    spec = spec_of(content)
-    if spec is None:
-        raise CheckpointError(f"{source} does not say what model it is of; give the folder of a run or a saved model")
-    model = build_model(spec)
-    for note in load_weights(model, find_weights(content)):
-        log(f"warning: {note}")
-    return model.eval()
+def fits(value: object, hint: Any) -> bool:
+    """Whether what a file holds is of a field's type; numbers are not negative where they are whole."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return any(fits(value, other) for other in inner)
+    if kind is dict:
+        return isinstance(value, dict) and all(fits(n, inner[0]) and fits(v, inner[1]) for n, v in value.items())
+    if kind is list:
+        return isinstance(value, list) and all(fits(entry, inner[0]) for entry in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and (hint is float or value >= 0)
+    return hint is Any or isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -241,8 +187,6 @@ def read_and_check(place: Place, path: Path, changes: Changes) -> dict[str, Any]
     best = path.with_name(BEST)
     try:
         content = read_checkpoint(path)
-        if not {"history", "optimizer"}.isdisjoint(content):
-            check_sums(path)
     except CheckpointError as error:
         if path.name == LAST and best.is_file():
             raise CheckpointError(f"{error}; to go on from the best epoch: cp {best} {path}") from error
@@ -255,20 +199,6 @@ def read_and_check(place: Place, path: Path, changes: Changes) -> dict[str, Any]
                 f"choose another --output-dir, or go on from it with --resume {path}"
             )
     return content
-
-
-def check_sums(path: Path) -> None:
-    """torch.load compares no checksums. For our own files only, as other programs may leave them out,
-    and files of torch's old format have none."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() is not None
-    except Exception:  # what a damaged directory leads to
-        damaged = True
-    if damaged:
-        raise CheckpointError(f"{path} is damaged")
 
 
 def make_writable(place: Place) -> None:

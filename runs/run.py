@@ -1,5 +1,6 @@
 """A training run: the epoch loop around engine.py, and resuming, stopping, validating and saving it."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import torch
 from dynamicvit.datasets import BatchTransform, fingerprint
-from dynamicvit.engine import Diverged, RunningMeans, evaluate, train_one_epoch, unwrap
+from dynamicvit.engine import Diverged, NotFinite, RunningMeans, evaluate, train_one_epoch, unwrap
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, Teacher, load_weights
-from dynamicvit.recipe import Trainer
-from dynamicvit.runs.checkpoints import BEST, LAST, Place, Progress, RunState
+from dynamicvit.models.pretrained import BEST, LAST
+from dynamicvit.optim import Trainer
+from dynamicvit.runs.checkpoints import Place, Progress, RunState
 from dynamicvit.runs.clocks import Eta, SaveClock
 from dynamicvit.runs.output import Output
 from dynamicvit.runs.tables import Column, Table
@@ -64,14 +66,15 @@ class Run:
         self.dense = teacher.vit if teacher is not None else None
         self.train_loader, self.val_loader = train_loader, val_loader
         self.save_clock = SaveClock(options.save_freq)
-        self.sums = RunningMeans(trainer.device)
-        self.progress = Progress()
+        self.progress = earlier.progress if earlier is not None else Progress()
+        self.note_data(training=train_loader.dataset, validation=val_loader.dataset)
+        self.sums = restore(trainer, earlier) if earlier is not None else RunningMeans(trainer.device)
+        preprocessing = self.model.spec.preprocessing
+        self.val_transform = BatchTransform(trainer.device, preprocessing.mean, preprocessing.std)
         if earlier is not None:
-            self.sums, self.progress = restore(trainer, earlier), earlier.progress
             finished = self.progress.epoch >= options.epochs
             log(f"resumed at epoch {self.progress.epoch}, step {self.first_step}{', its end' if finished else ''}")
         self.saved = bool(earlier and options.place.output_dir)
-        self.note_data(training=train_loader.dataset, validation=val_loader.dataset)
         self.output = Output(options.place.output_dir, self.progress, val_loader.dataset)
         self.agreed_to_stop: Callable[[], Tensor] = lambda: torch.zeros(2, dtype=torch.uint8)
 
@@ -79,6 +82,11 @@ class Run:
     def first_step(self) -> int:
         """Of the epoch, where an earlier run has begun it."""
         return min(self.progress.images // self.options.step_images, self.options.steps_per_epoch)
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run."""
+        return self.options.epochs * self.options.steps_per_epoch
 
     def note_data(self, **data_sets: Any) -> None:
         """Says what has changed since the checkpoint."""
@@ -96,11 +104,13 @@ class Run:
                 # beside itself, as without labels there is nothing else to compare it with
                 self.progress.dense = self.evaluate(self.dense, self.dense if self.options.compare_with_dense else None)
                 report_accuracy("dense teacher", self.progress.dense)
-            eta = Eta((self.options.epochs - self.progress.epoch) * self.options.steps_per_epoch - self.first_step)
+            eta = Eta(self.num_steps - self.progress.epoch * self.options.steps_per_epoch - self.first_step)
             while self.progress.epoch < self.options.epochs:
                 record, pace = self.train_epoch(eta)
                 record |= self.validate()
                 self.finish_epoch(record, pace)
+            if sum(record["train/skipped_steps"] for record in self.progress.history) >= self.num_steps:
+                raise Diverged("every step of the run was skipped, as its gradients were not finite")
             best = max(self.progress.history, key=quality)
             self.output.write_summary(self.options.settings, self.gflops, best)
             return best
@@ -117,6 +127,8 @@ class Run:
         step_images = self.train_loader.batch_size * self.trainer.update_freq
         self.train_loader.sampler.set_epoch(epoch, start=steps.start * step_images)
         stats, pace = train_one_epoch(self.trainer, self.train_loader, epoch, steps, eta, self.sums, self.after_step)
+        if not math.isfinite(stats["loss"]):
+            raise Diverged(f"no step of epoch {epoch} had a loss that is finite")
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizer.param_groups}
         return {"epoch": epoch} | rates | {f"train/{name}": value for name, value in stats.items()}, pace
 
@@ -149,16 +161,17 @@ class Run:
         record = {}
         for name, weights in (("val", self.model), ("val_ema", self.trainer.ema and self.trainer.ema.module)):
             if weights is not None:
-                stats = self.evaluate(weights, self.dense if self.options.compare_with_dense else None)
+                try:
+                    stats = self.evaluate(weights, self.dense if self.options.compare_with_dense else None)
+                except NotFinite as error:
+                    raise Diverged(error.finding) from error
                 report_accuracy(f"epoch {self.progress.epoch} {name}", stats)
                 record |= {f"{name}/{key}": value for key, value in stats.items()}
         return record
 
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None) -> Record:
-        device, preprocessing = self.trainer.device, self.model.spec.preprocessing
-        transform = BatchTransform(device, preprocessing.mean, preprocessing.std)
-        batches = self.until_stopped(self.val_loader)
-        return evaluate(model, batches, transform, device, self.trainer.amp_dtype, self.options.dist_eval, dense)
+        batches, device, sharded = self.until_stopped(self.val_loader), self.trainer.device, self.options.dist_eval
+        return evaluate(model, batches, self.val_transform, device, self.trainer.amp_dtype, sharded, dense)
 
     def until_stopped(self, batches: DataLoader) -> Iterator:
         """The batches; ends the run at one that all processes agree on, where one of them has got a signal."""
@@ -214,7 +227,7 @@ def restore(trainer: Trainer, state: RunState) -> RunningMeans:
     decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
     try:
         trainer.optimizer.load_state_dict(state.optimizer)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever the file holds in its place
         raise UserError(
             "the run to resume trained a different kind of model; pass its checkpoint as --pretrained instead"
         ) from error

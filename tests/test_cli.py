@@ -1,6 +1,7 @@
 """The command line as its users call it: real processes, real files."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -258,7 +259,7 @@ class TestBadInput:
             (["--pruning-loc", "1", "2", "9"], ["0..3", "9"]),
             (["--batch-size", "64"], ["64", "20", "smaller"]),
             (["--batch-size", "5"], ["even"]),
-            (["--epochs", "0"], ["--epochs", "positive"]),
+            (["--epochs", "0"], ["--epochs", "from 1 to", "got 0"]),
         ],
         ids=lambda value: value[0].strip("-") if isinstance(value, list) else None,
     )
@@ -353,12 +354,46 @@ def test_run_without_its_bad_images(refused, tmp_path: Path) -> None:
 
 
 def test_run_that_diverges(refused, image_folder: Path, tmp_path: Path) -> None:
-    """Ends with the checkpoint to go on from; its weights are finite."""
+    """Ends with the checkpoint to go on from; its weights are finite, though its answers are not any more."""
     args = [*TINY_RUN, "--dense", "--data-path", image_folder, "--output-dir", tmp_path]
-    refused([*args, "--epochs", "8", "--lr", "1e38", "--warmup-epochs", "0"], "checkpoint_last.pth", "--clip-grad")
+    refused(
+        [*args, "--epochs", "8", "--lr", "1e38", "--warmup-epochs", "0"],
+        "not finite",
+        "checkpoint_last.pth",
+        "--clip-grad",
+    )
     last = read_checkpoint(tmp_path / "checkpoint_last.pth")
     assert all(value.isfinite().all() for value in last["model"].values())
-    assert last["history"][-1]["train/skipped_steps"] > 0
+    assert last["sums"][0]["skipped_steps"][0] > 0
+
+
+def test_run_in_which_nothing_is_learned(
+    refused, dense_run: Path, image_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Every loss is not a number: no epoch goes into the log, and nothing is taken for a result."""
+    content = read_checkpoint(dense_run / "checkpoint_best.pth")
+    content["model"]["head.bias"][0] = math.nan
+    torch.save({"model": content["model"], "spec": content["spec"]}, tmp_path / "damaged.pth")
+    damaged = ["--pretrained", tmp_path / "damaged.pth", "--data-path", image_folder]
+    run = [*TINY_RUN, *damaged, "--dense", "--output-dir", tmp_path / "run"]
+    refused(run, "no step of epoch 0 had a loss that is finite", "--lr")
+    assert not (tmp_path / "run" / "log.txt").read_text()
+    refused([*TINY_MODEL, *damaged, "--eval", "--dense", "--device", "cpu"], "answers to 7 of 7 images are not finite")
+
+
+def test_run_whose_every_step_is_skipped(refused, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its losses may be finite: it is the gradients that are not."""
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: torch.tensor(math.inf))
+    args = [*TINY_RUN, "--dense", "--data-path", image_folder]
+    refused(args, "every step of the run was skipped", "start again")
+
+
+def test_backbone_that_stays_frozen_is_told(dense_run: Path, image_folder: Path, capfd: pytest.CaptureFixture) -> None:
+    args = [*distill(image_folder, dense_run), "--epochs", "1"]
+    succeeds([*args, "--warmup-epochs", "1"])
+    assert "the backbone is frozen until the end" in capfd.readouterr().out
+    succeeds([*args, "--warmup-epochs", "0"])
+    assert "frozen" not in capfd.readouterr().out
 
 
 def test_launcher_starts_a_run_again_that_has_gone_on_from_a_file(
@@ -534,10 +569,12 @@ class TestLaunching:
     def test_gpu_build_without_a_gpu_says_so(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
+        utils.warn_once.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        assert utils.pick_device("auto").type == "cpu"
-        assert "built for GPUs" in capsys.readouterr().err
+        for _ in range(2):
+            assert utils.pick_device("auto").type == "cpu"
+        assert capsys.readouterr().err.count("built for GPUs") == 1
         utils.pick_device("cpu")
         monkeypatch.setattr(torch.version, "cuda", None)
         monkeypatch.setattr(torch.version, "hip", None)
@@ -566,10 +603,11 @@ def test_old_torch_format_holds_a_run_too(dense_run: Path, image_folder: Path, t
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--num-classes", "1000000000000"], "num_classes"),
-        (["--input-size", "1000000"], "img_size"),
+        (["--num-classes", "1000000000000"], "--num-classes: must be from 1 to 1,000,000"),
+        (["--input-size", "1000000"], "--input-size: must be from 1 to 8,192"),
         (["--num-workers", "1000"], "--num-workers"),
-        (["--data-path", ""], "--data-path is missing"),
+        (["--data-path", ""], "--data-path: must not be empty"),
+        (["--epochs", "1", "--warmup-epochs", "2"], "a warm-up of 2 epochs"),
         (["--output-dir", "/sys"], "cannot write to --output-dir /sys"),
     ],
 )

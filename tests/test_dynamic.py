@@ -63,7 +63,7 @@ class Weighted(Scorer):
 class SkipOne(Reducer):
     """Drops the best token and keeps the next ones."""
 
-    name = "skip one"
+    name = "skip_one"
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
         kept = scores.scores.argsort(dim=1, descending=True)[:, 1 : num_keep + 1]
@@ -73,7 +73,7 @@ class SkipOne(Reducer):
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SCORERS, "weighted", Weighted())
-    monkeypatch.setitem(REDUCERS, "skip one", SkipOne())
+    monkeypatch.setitem(REDUCERS, "skip_one", SkipOne())
 
 
 @pytest.mark.parametrize("place", ["before", "inside"])
@@ -88,12 +88,12 @@ def test_your_own_scorer_and_reducer(own: None, place: str, tmp_path: Path) -> N
     assert model.blocks[0].mlp.fc1.weight.grad.abs().max() > 0
     exported = torch.export.export(model.eval(), (IMAGES,)).module()
     torch.testing.assert_close(exported(IMAGES), model(IMAGES))
-    by_name = {"scorer": "weighted", "reducer": "skip one", "place": place, "pruning_loc": (1, 2)}
+    by_name = {"scorer": "weighted", "reducer": "skip_one", "place": place, "pruning_loc": (1, 2)}
     named = create_model("deit_tiny", keep_rates=(0.7, 0.5), **SMALL, **by_name).eval()
     named.load_state_dict(model.state_dict())
     save_pretrained(named, tmp_path / "own")
     loaded = from_pretrained(tmp_path / "own")
-    assert loaded.scorer == "weighted" and loaded.reducer == "skip one" and loaded.place == place
+    assert loaded.scorer == "weighted" and loaded.reducer == "skip_one" and loaded.place == place
     torch.testing.assert_close(loaded(IMAGES), model(IMAGES))
 
 
@@ -111,7 +111,7 @@ def test_speedup_is_all_that_is_needed() -> None:
     dense = build(depth=8)
     gflops = count_gflops(dense, 64)
     model = make_dynamic(dense, speedup=1.3)
-    assert model.scorer == "distinct" and model.reducer.merges and model.place == "inside"
+    assert model.scorer == "distinct_few" and model.reducer.merges and model.place == "inside"
     assert gflops / count_gflops(model, 64) == pytest.approx(1.3, rel=0.06)  # 16 tokens leave in whole numbers
     assert model(IMAGES).shape == (2, 5)
     for wish in (0.9, 1.0, 50.0):

@@ -16,7 +16,7 @@ from dynamicvit.engine import MAX_BAD_STEPS, Diverged, RunningMeans, evaluate, t
 from dynamicvit.errors import UserError
 from dynamicvit.losses import DistillDiffPruningLoss, LabelLoss
 from dynamicvit.models import ModelSpec, Teacher, create_model
-from dynamicvit.recipe import Trainer, build_scaler
+from dynamicvit.optim import Trainer, build_scaler
 from dynamicvit.runs.clocks import Eta
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -146,6 +146,19 @@ def test_evaluation_is_of_the_eval_mode_and_learns_nothing() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("whose", ["the model's", "the dense model's"])
+def test_answers_that_are_not_finite(value: float, whose: str) -> None:
+    """No figure is made of them, of a model alone or beside the dense one."""
+    good, bad = build_linear(), build_linear()
+    with torch.no_grad():
+        bad.bias[1] = value
+    good.spec = bad.spec = ModelSpec(num_classes=3)
+    model, dense = (bad, None) if whose == "the model's" else (good, bad)
+    with pytest.raises(UserError, match=f"^{whose} answers to 8 of 8 images are not finite"):
+        evaluate(model, vector_batches(2, 4), nn.Identity(), CPU, None, False, dense)
 
 
 # --- Several processes, forked from one that has done the slow imports
@@ -390,6 +403,18 @@ def test_gradients_do_not_pile_up_over_steps() -> None:
     parameter.grad = torch.ones_like(parameter)
     update_weights(trainer, [])
     torch.testing.assert_close(parameter.detach(), before - 1)
+
+
+def test_lines_on_the_screen_say_nothing_twice(capsys: pytest.CaptureFixture) -> None:
+    """No count of no skipped steps, and no part that is all of the loss."""
+    good = vector_batches(1, 2)[0]
+    means = train(linear_trainer(), [good])
+    assert means["skipped_steps"] == 0 and "skipped" not in capsys.readouterr().out
+    train(linear_trainer(), [good, (good[0] * math.nan, good[1])])
+    assert "skipped_steps 1" in capsys.readouterr().out
+    sums = RunningMeans(CPU)
+    sums.update({"loss": torch.tensor(0.5), "cls_kl": torch.tensor(0.5), "kept": torch.tensor(0.25)})
+    assert str(sums) == "loss 0.5  kept 0.25" and sums.means()["cls_kl"] == 0.5
 
 
 # --- Dynamic models

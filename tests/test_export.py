@@ -8,7 +8,7 @@ import pytest
 import torch
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import create_model, from_pretrained, save_pretrained
-from dynamicvit.models.saved import data_config
+from dynamicvit.models.describe import data_config
 from dynamicvit.tools import export, predict, runtimes
 
 pytest.importorskip("onnxruntime")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import MAIN, ONE_THREAD, PRUNING, ROOT, TINY_RUN, write_images
 from dynamicvit.models import read_checkpoint
-from dynamicvit.runs.checkpoints import BEST, LAST
+from dynamicvit.models.pretrained import BEST, LAST
 
 pytestmark = pytest.mark.slow
 

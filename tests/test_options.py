@@ -1,24 +1,42 @@
 """Flags: what is refused in one line, and that each one reaches the part that it is for."""
 
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
+from dynamicvit.datasets import Augmentation
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, read_checkpoint
-from dynamicvit.recipe import Recipe
-from dynamicvit.runs.checkpoints import known_arch, spec_of
-
-from dynamicvit import options
+from dynamicvit.models.pretrained import known_arch, spec_of
+from dynamicvit.options import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    OneLineParser,
+    add_flags,
+    check_settings,
+    setting,
+    settings_in,
+    take,
+)
+from dynamicvit.recipe import RECIPES, Recipe
+from dynamicvit.runs import start
+from dynamicvit.tools import sweep, visualize
 
 BEFORE_SPECS = Path(__file__).parent / "run_before_specs.ckpt"
+
+
+def chosen(*flags: str, spec: ModelSpec = ModelSpec()) -> tuple[Recipe, Augmentation]:  # noqa: B008
+    return start.choose_recipe(start.read_flags(start.parse_args(list(flags))).training, spec)
 
 
 def message(*flags: str) -> str:
     """Of the error that the flags end in: one line."""
     with pytest.raises(UserError) as caught:
-        options.recipe(options.with_recipe(options.parse_args(list(flags)), ModelSpec()))
+        chosen(*flags)[0].check(dense=False)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -43,9 +61,8 @@ def test_numbers_out_of_range(flags: str) -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    """Not a bare int or float, which would let infinity and not-a-number through; block numbers are checked later."""
-    bare = [a.option_strings[0] for a in options.build_parser()._actions if a.type in (int, float)]
-    assert bare == ["--pruning-loc"]
+    """Not a bare int or float, which would let infinity and not-a-number through."""
+    assert not [a.option_strings[0] for a in start.build_parser()._actions if a.type in (int, float)]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +85,7 @@ def test_no_abbreviations_and_no_other_flags() -> None:
 
 
 def test_flags_with_underscores() -> None:
-    args = options.parse_args(["--base_rate", "0.5", "--data_path=my_data", "--output_dir", "a_b"])
+    args = start.parse_args(["--base_rate", "0.5", "--data_path=my_data", "--output_dir", "a_b"])
     assert (args.base_rate, args.data_path, args.output_dir) == (0.5, "my_data", "a_b")
 
 
@@ -76,6 +93,114 @@ def test_flags_that_do_not_go_together() -> None:
     assert "--dense" in message("--dense", "--distill")
     assert "--distill" in message("--cls-weight", "0")
     assert "even" in message("--batch-size", "5")
+    for flags in ("--base-rate 0.7 --keep-rates 0.5", "--keep_rates 0.5 --base_rate=0.7"):
+        assert "--keep-rates and --base-rate exclude each other" in message(*flags.split())
+
+
+@pytest.mark.parametrize("tool", [sweep, visualize])
+def test_tools_refuse_the_same(tool: ModuleType) -> None:
+    parser = tool.build_parser()
+    source = ["image.jpg"] if tool is visualize else []
+    parser.parse_args([*source, "--base-rate", "0.7"])
+    with pytest.raises(UserError, match="exclude each other"):
+        parser.parse_args([*source, "--base-rate", "0.7", "--keep-rates", "0.7"])
+
+
+def test_exclusion_does_not_mind_defaults() -> None:
+    parser = OneLineParser()
+    for flag in ("--minutes", "--steps", "--other"):
+        parser.add_argument(flag, type=int, default=5)
+    parser.exclude("--minutes", "--steps")
+    for allowed in ([], ["--minutes=5"], ["--steps", "5", "--other", "5"]):
+        assert parser.parse_args(allowed).minutes == 5
+    with pytest.raises(UserError, match="--minutes and --steps exclude each other: give one of them"):
+        parser.parse_args(["--steps", "5", "--minutes=5"])
+
+
+@pytest.mark.parametrize("flag", ["--pretrained", "--resume", "--data-path", "--output-dir", "--arch", "--device"])
+def test_empty_words(flag: str) -> None:
+    """As a shell leaves them where a variable is not set; to a path they would mean the current folder."""
+    for words in ([flag, ""], [f"{flag}="], [flag, " "]):
+        text = message(*words)
+        assert flag in text and "empty" in text
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--batch-size 1000000", "--epochs 1000000000", "--num-workers 100000", "--input-size 100000"),
+        *("--update-freq 100000000", "--depth 5000", "--embed-dim 100000", "--num-classes 100000000"),
+        *("--pruning-loc 99999", "--pruning-loc -1", "--print-freq 100000000000"),
+    ],
+)
+def test_numbers_that_would_take_all_memory(flags: str) -> None:
+    flag, value = flags.split()
+    text = message(flag, value)
+    assert flag in text and value in text and "from" in text
+
+
+def longer(*flags: str, **spec) -> str:
+    """What is said of a warm-up or of frozen epochs, "" where nothing is."""
+    recipe, _ = chosen(*flags, "--distill", spec=ModelSpec(**spec))
+    try:
+        recipe.check(dense=spec.get("dense", False))
+        return ""
+    except UserError as error:
+        return str(error)
+
+
+def test_epochs_longer_than_the_run() -> None:
+    """Refused, whether given or a recipe's; what the model's schedule has no use for is not looked at."""
+    assert "--warmup-epochs" in longer("--epochs", "2") and "frozen of 5 epochs" in longer("--epochs", "2")
+    assert "--frozen-epochs" in longer("--epochs", "2", "--frozen-epochs", "3")
+    assert not longer("--epochs", "2", "--frozen-epochs", "2")  # the predictors alone learn, which the log says
+    assert not longer("--epochs", "2", "--frozen-epochs", "1")  # its warm-up is for dense models
+    assert "warm-up of 5 epochs" in longer("--epochs", "4", dense=True)
+    assert not longer("--epochs", "5", dense=True)
+    journal = ("--recipe", "journal", "--epochs", "10")
+    assert "warm-up of 20 epochs" in longer(*journal) and not longer(*journal, "--warmup-epochs", "10")
+    assert not longer("--epochs", "1", scorer="distinct", reducer="merge")
+
+
+# --- A setting is written once
+
+
+@dataclass(frozen=True)
+class Oven:
+    """Not a model's, so that the maker is seen to know none."""
+
+    degrees: int = setting(180, "how hot", ("from 50 to 250", lambda x: 50 <= x <= 250), group="baking")
+    minutes: float | None = setting(None, "how long (default: until it is done)", POSITIVE, group="baking")
+    racks: tuple[int, ...] | None = setting(None, "which", NOT_NEGATIVE, group="inside")
+    span: tuple[float, float] = setting((0.2, 0.8), "from and to", SHARE, group="inside")
+    fan: bool = setting(False, "moves the air", group="inside", excludes={"mode": "a mode has its own"})
+    mode: str = setting("plain", "what to bake", group="baking", choices=("plain", "pizza"))
+    name: str = setting("", "of the recipe", group="baking")
+    not_a_flag: int = 3
+
+
+def bake(*flags: str) -> Oven:
+    parser = OneLineParser()
+    add_flags(parser, Oven)
+    return take(Oven, parser.parse_args(list(flags)))
+
+
+def test_a_field_is_all_that_a_flag_needs() -> None:
+    assert bake() == Oven()
+    flags = "--degrees 200 --minutes 1.5 --racks 0 2 --span 0.1 0.3 --mode pizza --name bread"
+    assert bake(*flags.split()) == Oven(200, 1.5, (0, 2), (0.1, 0.3), False, "pizza", "bread")
+    assert bake("--fan").fan
+    wrong = ("--degrees 20", "--degrees 60.5", "--span 0.1", "--mode soup", "--minutes inf", "--fan --mode pizza")
+    for flags in (*wrong, "--not-a-flag 1"):
+        with pytest.raises(UserError):
+            bake(*flags.split())
+
+
+def test_values_without_a_command_line_have_the_same_ranges() -> None:
+    check_settings(Oven())
+    for wrong in ({"degrees": 20}, {"span": (0.1, 2.0)}, {"mode": "soup"}, {"minutes": math.nan}):
+        with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
+            check_settings(Oven(**wrong))
 
 
 # A value for every field of the recipe that is not its default, as a flag would give it.
@@ -91,25 +216,21 @@ SWITCHES = {"model_ema": False, "repeated_aug": False, "compile": True, "distill
 
 
 def test_every_flag_reaches_the_recipe() -> None:
-    assert {*RECIPE_FLAGS, *SWITCHES, "recipe"} == set(Recipe.__dataclass_fields__)
+    assert {*RECIPE_FLAGS, *SWITCHES, "recipe"} == {f.name for f in settings_in(Recipe)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in RECIPE_FLAGS.items()]
     flags += [f"--{'' if on else 'no-'}{name.replace('_', '-')}" for name, on in SWITCHES.items()]
-    recipe = options.recipe(options.with_recipe(options.parse_args(flags), ModelSpec()))
+    recipe, _ = chosen(*flags)
     assert {name: getattr(recipe, name) for name in RECIPE_FLAGS | SWITCHES} == RECIPE_FLAGS | SWITCHES
 
 
 def test_every_flag_reaches_the_augmentation() -> None:
     flags = "--color-jitter 0.3 --aa none --train-interpolation bilinear --reprob 0.5 --remode const --scale 0.4 0.9"
-    augmentation = options.augmentation(options.with_recipe(options.parse_args(flags.split()), ModelSpec()))
+    _, augmentation = chosen(*flags.split())
     assert (augmentation.color_jitter, augmentation.aa, augmentation.train_interpolation) == (0.3, "none", "bilinear")
     assert (augmentation.reprob, augmentation.remode, augmentation.scale) == (0.5, "const", (0.4, 0.9))
     with pytest.raises(UserError, match="nonsense"):
-        options.augmentation(augmented("--aa", "nonsense"))
-    assert options.augmentation(augmented("--aa", "None")).policy is None
-
-
-def augmented(*flags: str) -> SimpleNamespace:
-    return options.with_recipe(options.parse_args(list(flags)), ModelSpec())
+        chosen("--aa", "nonsense")
+    assert chosen("--aa", "None")[1].policy is None
 
 
 # --- What the model is: the checkpoint says, the flags say otherwise
@@ -119,18 +240,19 @@ SAVED = ModelSpec("deit_tiny", 0.5, 10, 64, False, {"patch_size": 8}, (1, 2), (0
 
 
 def described(*flags: str, base: ModelSpec | None = SAVED) -> ModelSpec:
-    return options.model_spec(options.parse_args(["--eval", *flags]), base, resumed=True)
+    flags = start.read_flags(start.parse_args(["--eval", *flags]))
+    return start.describe(flags.model, base, resumed=True, evaluating=True)
 
 
 def test_a_model_is_as_its_checkpoint_says() -> None:
     assert described() == SAVED
 
 
-def test_flags_go_before_the_checkpoint_and_the_log_says_so(capsys: pytest.CaptureFixture) -> None:
+def test_flags_go_before_the_checkpoint() -> None:
     spec = described("--base-rate", "0.7", "--reducer", "drop", "--embed-dim", "32")
     assert (spec.base_rate, spec.keep_rates, spec.reducer, spec.scorer) == (0.7, None, "drop", "attention")
     assert spec.sizes == {"patch_size": 8, "embed_dim": 32}
-    logged = capsys.readouterr().out
+    logged = " ".join(SAVED.differences(spec))
     assert "base_rate 0.5 -> 0.7" in logged and "reducer merge -> drop" in logged and "embed_dim" in logged
     assert described("--keep-rates", "0.9", "0.1").keep_rates == (0.9, 0.1)
     assert described("--pruning-loc", "1", "2", "3").keep_rates is None  # two rates do not serve three stages
@@ -163,6 +285,21 @@ def test_published_names() -> None:
         assert known_arch(name) == arch
 
 
-def test_help_names_every_flag_with_its_default() -> None:
-    text = re.sub(r"\s+", " ", options.build_parser().format_help())
+def test_help_in_groups_with_every_default() -> None:
+    parser = start.build_parser()
+    actions = parser._actions
+    assert all(action.help and action.help.strip(" ().") for action in actions), "a flag without help"
+    text = re.sub(r"\s+", " ", parser.format_help())
     assert "(default: 0.0005, journal 0.004, label-free 1e-05)" in text
+    assert "(default: --warmup-epochs, journal 5.0, label-free 0.0)" in text
+    for heading in ("model:", "data:", "run:", "recipe:", "schedule:", "optimizer:", "loss:", "augmentation:"):
+        assert heading in text
+    assert text.index("schedule:") < text.index("--warmup-epochs WARMUP_EPOCHS") < text.index("optimizer:")
+
+
+def test_help_says_what_each_recipe_costs() -> None:
+    text = re.sub(r"\s+", " ", start.build_parser().format_help())
+    for name, entry in RECIPES.items():
+        assert re.sub(r"\s+", " ", f"{name}: {entry.expected}") in text
+        assert entry.expected.source in ("published", "measured")
+        assert all(getattr(entry.expected, f) for f in ("paper", "hardware", "hours", "result"))

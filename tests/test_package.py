@@ -36,7 +36,32 @@ def test_the_package_is_the_root_and_nothing_beside_it(wheel: Path) -> None:
     assert packed == modules - {"dynamicvit.py"} | {"__init__.py"}
     required = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")}
     stated = re.findall("^Requires-Dist: (.*)$", metadata, re.MULTILINE)
-    assert {Requirement(line) for line in stated} == {Requirement(line) for line in required}
+    always = {line for line in stated if "extra ==" not in line}
+    assert {Requirement(line) for line in always} == {Requirement(line) for line in required}
+    assert {"dynamicvit/py.typed", f"dynamicvit-{__version__}.dist-info/entry_points.txt"} <= set(names)
+
+
+def test_extras_are_the_requirements_of_the_commands(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"dynamicvit-{__version__}.dist-info/METADATA").decode()
+    lines = (ROOT / "requirements-export.txt").read_text().splitlines()
+    wanted = {Requirement(f"{line}; extra == 'export'") for line in lines if line[0] not in "#-"}
+    stated = {Requirement(line) for line in re.findall("^Requires-Dist: (.*)$", metadata, re.MULTILINE)}
+    assert wanted <= stated
+    assert set(re.findall("^Provides-Extra: (.*)$", metadata, re.MULTILINE)) == {"export", "hf", "plot"}
+
+
+def test_the_command_works_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    env = ONE_THREAD | {"PYTHONPATH": str(wheel)}
+    entry = "import sys; from importlib.metadata import entry_points; "
+    entry += "(command,) = entry_points(group='console_scripts', name='dynamicvit'); sys.exit(command.load()())"
+    for start in (["-m", "dynamicvit.tools.cli"], ["-c", entry]):
+        command = [sys.executable, *start, "--help"]
+        result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 0 and "accelerate" in result.stdout, result.stderr
+    code = "import dynamicvit, inspect; print(*inspect.signature(dynamicvit.accelerate).parameters)"
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout.startswith("model images speedup output"), result.stderr
 
 
 def test_in_a_clone_short_names_are_the_packages_modules() -> None:

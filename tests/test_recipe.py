@@ -1,33 +1,38 @@
 """Who learns how fast, from which images and labels: against the formulas of the paper and of DeiT."""
 
+import copy
 import math
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.multiprocessing as mp
 from dynamicvit.datasets import Augmentation
 from dynamicvit.engine import accumulate_gradients, unwrap, update_weights
-from dynamicvit.models import ModelSpec, Teacher, create_model
-from dynamicvit.recipe import (
+from dynamicvit.models import ModelSpec, Teacher, create_model, make_dynamic
+from dynamicvit.optim import (
     BACKBONE,
     PREDICTOR,
-    RECIPES,
-    Recipe,
     Trainer,
     dense_rates,
     dynamic_rates,
+    is_always_frozen,
     learning_rates,
     param_groups,
     set_rates,
 )
-from dynamicvit.recipe import build_trainer as build_trainer_of
+from dynamicvit.optim import build_trainer as build_trainer_of
+from dynamicvit.recipe import Entry, Expected, Recipe, build_recipe
+from dynamicvit.runs import start
 from torch import Tensor, nn
 
-from dynamicvit import options, recipe, utils
+from dynamicvit import recipe, utils
 
 TINY = {"img_size": 32, "patch_size": 8, "num_classes": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
 KINDS = ("deit_small", "lvvit_s")
@@ -48,7 +53,7 @@ def build_trainer(arch: str = "deit_small", *flags: str) -> Trainer:
 
 
 def parse(*flags: str, spec: ModelSpec = ModelSpec()) -> Recipe:  # noqa: B008
-    return options.recipe(options.with_recipe(options.parse_args(list(flags)), spec))
+    return start.choose_recipe(start.read_flags(start.parse_args(list(flags))).training, spec)[0]
 
 
 def rates(epoch: float, *flags: str, dense: bool = False, steps_per_epoch: int = 10) -> dict[str, float]:
@@ -327,4 +332,119 @@ def test_recipe_follows_from_the_model() -> None:
     merged = parse("--distill", spec=ModelSpec(scorer="attention", reducer="merge"))
     assert merged.recipe == "label-free" and merged.cls_weight == 0
     assert parse("--lr", "1", spec=ModelSpec("convnext_s")).lr == 1
-    assert all(set(values) == set(RECIPES["neurips"]) for values in RECIPES.values())
+
+
+# --- What a recipe says decides, and not what it is called
+
+MINE = Entry(
+    Recipe(
+        recipe="mine",
+        epochs=4,
+        lr=0.125,
+        min_lr=0.0,
+        warmup_epochs=0.0,
+        frozen_epochs=0.25,
+        backbone_lr_scale=0.5,
+        batch_size=4,
+        mixup=0.0,
+        cutmix=0.0,
+        distill=True,
+        cls_weight=0.0,
+        schedule="steps",
+        lr_images=16,
+        decay_new_biases=False,
+    ),
+    Augmentation(reprob=0.0, aa="none"),
+    Expected("none", "a toaster", "0.01", "bread", "measured"),
+    for_models_of={"neurips": {"token_weight": 0.25}},
+)
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipe.RECIPES, "mine", MINE)
+
+
+def test_a_fourth_recipe_is_one_entry(mine: None) -> None:
+    """It is a flag's choice, --help shows it, and two steps follow its values."""
+    assert "mine: none. a toaster" in start.build_parser().format_help()
+    chosen = parse("--recipe", "mine", "--amp", "off", "--clip-grad", "3")
+    assert chosen == replace(MINE.recipe, amp="off", clip_grad=3.0, token_weight=0.25)
+    assert parse("--recipe", "mine", spec=ModelSpec("swin_t")).token_weight == 1
+    chosen.check(dense=False)
+
+    teacher = Teacher(build("deit_small", dense=True))
+    model = build("deit_small")
+    trainer = build_trainer_of(chosen, model, teacher, torch.device("cpu"), MINE.augmentation, 2)
+    groups = [(g["name"], g["weight_decay"]) for g in trainer.optimizer.param_groups]
+    assert groups == [(PREDICTOR, 0.05), (PREDICTOR, 0.0), (BACKBONE, 0.05), (BACKBONE, 0.0)]
+    first, second = trainer.schedule(0.0), trainer.schedule(0.5)
+    rate = 0.125 * 4 / 16 * 0.5 * (1 + math.cos(math.pi / 8))  # step 1 of 8
+    assert first == pytest.approx({PREDICTOR: 0.125 * 4 / 16, BACKBONE: 0})  # frozen for half of two steps
+    assert second == pytest.approx({PREDICTOR: rate, BACKBONE: 0.5 * rate})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    predictors = {name for name in before if name.startswith("score_predictor.")}
+    for rates_now, expected in ((first, predictors), (second, before.keys() - {"cls_token", "pos_embed"})):
+        set_rates(trainer.optimizer, rates_now)
+        step(trainer)
+        assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == expected
+
+
+def test_models_of_make_dynamic_train_by_a_recipe() -> None:
+    """They answer with logits in their owner's loop; our trainer asks them for what its losses need."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=4)
+    teacher = Teacher(copy.deepcopy(backbone))
+    model = make_dynamic(backbone, (1, 2), (0.7, 0.5), scorer="distinct", reducer="merge")
+    chosen = build_recipe("label-free", distill=True, batch_size=4, amp="off")
+    trainer = build_trainer_of(chosen, model, teacher, torch.device("cpu"), Augmentation(reprob=0), 2)
+    set_rates(trainer.optimizer, {PREDICTOR: 1e-2, BACKBONE: 1e-2})
+    before = model.head.weight.detach().clone()
+    step(trainer)
+    assert not torch.equal(model.head.weight, before)
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("name", ["neurips", "journal", "label-free"])
+def test_names_decide_nothing(name: str) -> None:
+    """A recipe under another's name trains as it did."""
+    own, renamed = build_recipe(name), build_recipe(name, recipe="other")
+    for epoch in (0, 0.3, 1, 6.5):
+        for dense in (True, False):
+            assert learning_rates(own, dense, 10, epoch) == learning_rates(renamed, dense, 10, epoch)
+    groups = [build_trainer_groups(chosen) for chosen in (own, renamed)]
+    assert groups[0] == groups[1] and len(groups[0]) == (3 if name == "neurips" else 4)
+
+
+def build_trainer_groups(chosen: Recipe) -> list[tuple[str, float, int]]:
+    trainer = build_trainer_of(chosen, build("deit_small"), None, torch.device("cpu"), Augmentation(), 10)
+    return [(g["name"], g["weight_decay"], len(g["params"])) for g in trainer.optimizer.param_groups]
+
+
+def test_recipes_of_the_papers() -> None:
+    """What their code says; the ratio weight of the journal's ViTs is that of the first paper."""
+    assert build_recipe("neurips") == Recipe()
+    journal = build_recipe("journal")
+    assert (journal.epochs, journal.lr, journal.min_lr, journal.ratio_weight) == (120, 4e-3, 1e-6, 10)
+    assert (journal.warmup_epochs, journal.epochs_frozen, journal.model_ema_decay) == (20, 5, 0.9999)
+    assert parse("--warmup-epochs", "3").epochs_frozen == 3  # the published script knows one number for both
+    assert parse("--recipe", "journal", "--warmup-epochs", "3").epochs_frozen == 5
+    assert build_recipe("label-free").ratio_weight == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "dense", "frozen"),
+    [
+        (("--epochs", "5"), False, True),
+        (("--epochs", "6"), False, False),
+        (("--epochs", "5"), True, False),
+        (("--epochs", "2", "--frozen-epochs", "1.5"), False, True),  # whole epochs are frozen
+        (("--recipe", "journal", "--epochs", "5", "--warmup-epochs", "1"), False, True),
+        (("--recipe", "journal", "--epochs", "2", "--warmup-epochs", "1", "--frozen-epochs", "1.5"), False, False),
+        (("--backbone-lr-scale", "0"), False, True),
+    ],
+)
+def test_backbone_that_never_learns_is_noticed(flags: tuple[str, ...], dense: bool, frozen: bool) -> None:
+    chosen = parse(*flags)
+    schedule = partial(learning_rates, chosen, dense, 10)
+    assert is_always_frozen(schedule, chosen.epochs, 10) == frozen

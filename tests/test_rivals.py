@@ -70,7 +70,7 @@ def test_models_cost_what_the_formula_says(name: str) -> None:
 def look(keys: Tensor) -> Look:
     """Of one image, with a class token before (N, D) keys."""
     attention = type("Attention", (), {"keys": torch.cat([torch.zeros_like(keys[:1]), keys])[None, None]})
-    return Look(torch.zeros(1, len(keys) + 1, 1), 1, None, True, [attention])
+    return Look(torch.zeros(1, len(keys) + 1, 1), 1, None, True, 1, [attention])
 
 
 def test_tome_merges_the_most_similar_pair_by_size() -> None:

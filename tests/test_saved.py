@@ -1,29 +1,40 @@
 """Models in folders and on the hub: what comes back, and what is refused."""
 
+import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import ONE_THREAD, ROOT
 from dynamicvit.models import (
+    SCORERS,
     CheckpointError,
+    Scorer,
+    Scores,
     create_model,
     from_pretrained,
+    load_weights,
     looks_like_saved,
     make_dynamic,
+    push_to_hub,
     save_pretrained,
 )
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 TINY = SIZES | {"img_size": 32, "num_classes": 5, "pruning_loc": (1, 2)}
@@ -125,25 +136,25 @@ def refusal(folder: str | Path) -> str:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"evil": 1}, "no field evil"),
+        ({"evil": 1}, "no field 'evil'"),
         ({"arch": "../../weights"}, "not the name of an architecture"),
         ({"arch": "hf-hub:user/model"}, "not the name of an architecture"),
         ({"arch": "local-dir"}, "unknown arch"),
         ({"arch": ["deit_tiny"]}, "not the name of an architecture"),
-        ({"num_classes": 10**400}, "too large"),
+        ({"num_classes": 10**400}, "at most 1000000"),
         ({"num_classes": 10**6, "class_names": None}, "does not fit"),
-        ({"num_classes": "5"}, "cannot be read"),
-        ({"num_classes": 5.5}, ""),
+        ({"num_classes": "5"}, "whole number"),
+        ({"num_classes": 5.5}, "whole number"),
         ({"img_size": 8192}, "pos_embed"),
         ({"img_size": [32, 32, 32]}, "height, width"),
-        ({"sizes": SIZES | {"run": "rm"}}, "no size called run"),
+        ({"sizes": SIZES | {"run": "rm"}}, "no size called 'run'"),
         ({"sizes": {"embed_dim": 16384, "depth": 16, "num_heads": 16}}, "does not fit"),
         ({"sizes": {"depth": [256] * 100_000}}, "four numbers"),
         ({"pruning_loc": "abc"}, ""),
         ({"pruning_loc": [0] * 100_000}, ""),
         ({"keep_rates": [None] * 2}, ""),
         ({"keep_rates": [float("nan")] * 2}, "keep rates"),
-        ({"base_rate": "0.7"}, "cannot be read"),
+        ({"base_rate": "0.7"}, "keep rates"),
         ({"preprocessing": {"mean": "abc"}}, ""),
         ({"preprocessing": {"std": [0, 1, 1]}}, "preprocessing"),
         ({"preprocessing": {"crop_pct": 1e-9}}, "preprocessing"),
@@ -280,3 +291,191 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", in_chans=1)
     with pytest.raises(CheckpointError, match=r"in_chans.* only its name, its classes and its image size are saved"):
         save_pretrained(model, tmp_path)
+
+
+# --- Descriptions that come back
+
+
+def test_numbers_of_numpy_and_of_tensors_come_back(tmp_path: Path) -> None:
+    labels = np.array([0, 4, 2])
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=labels.max() + 1)
+    model = make_dynamic(backbone, np.array([1, 2]), np.array([0.7, 0.5], dtype=np.float32), "distinct", "merge")
+    save_pretrained(model, tmp_path, accuracy=np.float32(0.5), kl=torch.tensor(0.25), seen=(np.int64(3), [labels]))
+    spec = from_pretrained(tmp_path).spec
+    assert (spec.num_classes, spec.pruning_loc) == (5, (1, 2)) and spec.keep_rates == pytest.approx((0.7, 0.5))
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["notes"] == {"accuracy": 0.5, "kl": 0.25, "seen": [3, [[0, 4, 2]]]}
+
+
+def test_a_note_of_another_kind_is_refused_and_the_folder_left_as_it_was(saved: Path) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(CheckpointError, match="notes are strings, numbers"):
+        save_pretrained(create_model("deit_tiny", **TINY), saved, extra=object())
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_model_without_numbers_is_not_saved(tmp_path: Path) -> None:
+    model = create_model("deit_tiny", **TINY)
+    torch.nn.init.constant_(model.norm.bias, torch.nan)
+    with pytest.raises(CheckpointError, match=r"norm\.bias holds NaN"):
+        save_pretrained(model, tmp_path / "fast")
+    assert not (tmp_path / "fast").exists()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_what_only_training_uses_does_not_prevent_saving(name: str, tmp_path: Path) -> None:
+    rates = {"drop_path_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
+    model = make_dynamic(tiny_timm(name, **rates), (2,), (0.7,), "distinct", "merge").eval()
+    save_pretrained(model, tmp_path)
+    images = torch.randn(1, *model.data_config["input_size"])
+    assert torch.equal(from_pretrained(tmp_path)(images), model(images))
+
+
+class Longest(Scorer):
+    name = "longest"
+
+    def __call__(self, look, module) -> Scores:
+        return Scores(look.tokens.norm(dim=-1))
+
+
+def test_a_scorer_of_ones_own_is_saved_and_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_dynamic(tiny_timm("vit_tiny_patch16_224"), (3,), (0.7,), Longest(), "merge").eval()
+    save_pretrained(model, tmp_path)
+    assert "SCORERS['longest'] = " in caplog.text
+    del SCORERS["longest"]  # as in another process
+    assert "needs the scorer longest" in refusal(tmp_path)
+    SCORERS["longest"] = Longest()
+    try:
+        images = torch.randn(2, 3, 32, 32)
+        assert torch.equal(from_pretrained(tmp_path)(images), model(images))
+    finally:
+        del SCORERS["longest"]
+
+
+def test_a_card_tells_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
+    model = make_dynamic(tiny_timm("vit_tiny_patch16_224.augreg_in21k_ft_in1k"), (3,), (0.7,), "distinct", "merge")
+    save_pretrained(model, tmp_path / "fast", class_names=NAMES, agreement=0.98, hardware="one | core")
+    card = (tmp_path / "fast" / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "base_model: timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k\n" in header
+    assert "license: apache-2.0\n" in header and "library_name: dynamicvit\n" in header
+    assert "| agreement | 0.98 |" in card and "| hardware | one / core |" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    image = Image.new("RGB", (40, 30))
+    scope = {"image": image}
+    exec(code.replace('"fast"', repr(str(tmp_path / "fast"))), scope)
+    assert scope["logits"].shape == (1, 5)
+    (tmp_path / "fast" / "README.md").write_text("mine")
+    save_pretrained(model, tmp_path / "fast")
+    assert (tmp_path / "fast" / "README.md").read_text() == "mine"
+
+
+# --- The hub
+
+
+@pytest.fixture
+def local_hub(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the local hub serves, which this process takes for the hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("name", ["user/fast", "hf-hub:user/fast", "hf-hub:user/fast@main"])
+def test_names_on_the_hub(name: str, local_hub: Path) -> None:
+    assert from_pretrained(name).class_names == tuple(NAMES)
+    assert load_weights(create_model("deit_tiny", **TINY), name) == []
+
+
+def test_timm_models_of_the_hub(local_hub: Path) -> None:
+    model = tiny_timm("vit_tiny_patch16_224.augreg_in21k").eval()
+    push = {"model_args": {"img_size": 32}}
+    save_for_hf(model, local_hub / "user" / "timm", push, safe_serialization=True)
+    loaded = from_pretrained("hf-hub:user/timm")
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.spec.dense and loaded.data_config["mean"] == (0.5, 0.5, 0.5)
+
+
+def test_models_of_transformers_are_named(saved: Path) -> None:
+    (saved / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
+    assert "transformers" in refusal(saved)
+
+
+def test_files_are_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal("logs/typo.pth") == "no such file: logs/typo.pth"
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    asked = []
+    monkeypatch.setattr(time, "sleep", asked.append)  # what huggingface_hub does between its tries
+    monkeypatch.setattr(constants, "ENDPOINT", address)  # nobody listens there now
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "cannot be reached" in refusal("user/fast")
+    assert not asked and not constants.HF_HUB_OFFLINE
+
+
+class Uploads(BaseHTTPRequestHandler):
+    """As much of the hub as takes a commit of small files."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append(self.path)
+        if self.path.endswith("/preupload/main"):
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": "https://huggingface.co/user/mine/commit/1", "commitOid": "1", "success": True}
+        else:
+            answer = {"url": "https://huggingface.co/user/mine", "errors": [], "warnings": []}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_publishing_uploads_three_files(as_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_model("deit_tiny", **TINY)
+    save_pretrained(model, tmp_path / "fast", agreement=0.98)
+    (tmp_path / "fast" / "report.html").write_text("my photos")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Uploads)
+    server.files, server.asked = {}, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    given = {} if as_folder else {"agreement": 0.98}
+    push_to_hub(tmp_path / "fast" if as_folder else model, "user/mine", token="hf_none", **given)
+    server.shutdown()
+    server.server_close()
+    assert sorted(server.files) == ["README.md", "config.json", "model.safetensors"]
+    card = server.files["README.md"].decode()
+    assert 'from_pretrained("user/mine")' in card and "| agreement | 0.98 |" in card
+    (tmp_path / "there").mkdir()
+    for name, content in server.files.items():
+        (tmp_path / "there" / name).write_bytes(content)
+    assert torch.equal(from_pretrained(tmp_path / "there").norm.bias, model.norm.bias)
+
+
+def test_what_cannot_be_published(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="user/name"):
+        push_to_hub(saved, "mine")
+    with pytest.raises(CheckpointError, match="no config"):
+        push_to_hub(tmp_path, "user/mine")
+    with pytest.raises(CheckpointError, match="cannot publish user/mine"):
+        push_to_hub(saved, "user/mine", token="hf_none")

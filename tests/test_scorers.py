@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from dynamicvit.models import create_model
-from dynamicvit.models.scorers import class_attention, distinct_scores, outlying, random_scores, received_attention
+from dynamicvit.models.reducers import merge
+from dynamicvit.models.scorers import (
+    Look,
+    class_attention,
+    distinct,
+    distinct_scores,
+    outlying,
+    random_scores,
+    received_attention,
+)
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -115,7 +124,7 @@ def test_model_scores_by_the_block_before_the_stage(reducer: str) -> None:
         assert torch.equal(trace.kept[stage], best)
 
 
-@pytest.mark.parametrize("scorer", ["attention", "distinct", "outlying", "random"])
+@pytest.mark.parametrize("scorer", ["attention", "distinct", "distinct_few", "outlying", "random"])
 def test_scorers_without_parameters(scorer: str) -> None:
     dense = create_model("deit_small", dense=True, **TINY)
     model = create_model("deit_small", scorer=scorer, pruning_loc=(1,), **TINY)
@@ -136,7 +145,7 @@ def test_published_form_is_the_default() -> None:
         ({"scorer": "distinct", "pruning_loc": (0, 2)}, "the distinct scorer reads"),
         (
             {"scorer": "attentive"},
-            "unknown scorer 'attentive'; known: predictor, attention, distinct, outlying",
+            "unknown scorer 'attentive'; known: predictor, attention, distinct",
         ),
         ({"reducer": "melt"}, "unknown reducer 'melt'; known: drop, merge"),
     ],
@@ -144,3 +153,20 @@ def test_published_form_is_the_default() -> None:
 def test_misfits(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model("deit_small", **(TINY | {"pruning_loc": (1, 2)} | changes))
+
+
+def test_only_the_least_important_are_compared() -> None:
+    """Twice as many as leave; the others stay in any case, and what leaves is what distinct says of these few."""
+    generator = torch.Generator().manual_seed(0)
+    x, importance = torch.randn(2, 11, 8, generator=generator), torch.rand(2, 10, generator=generator)
+    look = Look(x, 1, None, True, num_keep=7, attention=[])
+    few, whole = distinct(importance, look, importance, compared=2), distinct(importance, look, importance)
+    least = importance.argsort(dim=1)[:, :6]
+    assert torch.equal(few.rows.sort(dim=1).values, least.sort(dim=1).values)
+    torch.testing.assert_close(few.scores.gather(1, least), whole.scores.gather(1, least))
+    others = importance.argsort(dim=1)[:, 6:]
+    assert (few.scores.gather(1, others).amin(dim=1) > few.scores.gather(1, least).amax(dim=1)).all()
+    reduced = merge(x, few.scores, torch.ones(2, 10), 7, 1, importance, few.similarity, few.rows)
+    told = merge(x, few.scores, torch.ones(2, 10), 7, 1, importance, whole.similarity)
+    assert torch.equal(reduced.place, told.place)
+    torch.testing.assert_close(reduced.x, told.x)

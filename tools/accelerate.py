@@ -1,468 +1,294 @@
 """Makes a trained vision transformer faster in minutes, from a folder of images without labels.
 
-    python -m tools.accelerate vit_small_patch16_224.augreg_in21k_ft_in1k --images photos/ --output fast/
+    dynamicvit accelerate vit_small_patch16_224.augreg_in21k_ft_in1k --images photos/ --output fast/
 
 Between its blocks, patches that tell little or resemble a more important one are merged with those most similar
 to them (--scorer distinct --reducer merge, as in main_dynamic_vit.py). Then the model learns to answer as it did
 before, from its own dense answers. A fifth of the images is never trained on: fast/report.html tells how
-much has changed on these. To use the model: models.from_pretrained("fast").
+much has changed on these. To use the model: dynamicvit.from_pretrained("fast"). The same in Python:
+
+    model, report = dynamicvit.accelerate(vit, "photos", speedup=1.5)
 """
 
 import argparse
 import copy
-import hashlib
-import json
-import math
 import os
-import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import islice, pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from dynamicvit.datasets import (
-    IGNORED_LABEL,
-    IMAGENET_CLASSES,
-    PARTS,
-    AugmentedDataset,
-    BatchTransform,
-    build_train_loader,
-    build_val_loader,
-    classes_fit,
-    eval_transform,
-    read_folder,
-    train_transform,
-)
-from dynamicvit.engine import accumulate_gradients, copy_statistics, update_weights
-from dynamicvit.errors import ImageError, UserError, exit_status
-from dynamicvit.image_files import UNREADABLE, ImageFiles, open_image
-from dynamicvit.models import (
-    CheckpointError,
-    ModelSpec,
-    Teacher,
-    build_model,
-    build_teacher,
-    find_weights,
-    geometric_keep_rates,
-    load_weights,
-    read_checkpoint,
-    save_pretrained,
-)
-from dynamicvit.models.costs import dense_and_dynamic_gflops, solve_keep_rates
-from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, read_dense_weights
-from dynamicvit.models.stages import LOWEST_RATE
-from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number
-from dynamicvit.recipe import Recipe, Trainer, build_augmentation, build_recipe, build_trainer, pick_amp, precision_name
-from dynamicvit.runs.checkpoints import BEST, LAST, Place, RunState, read_run, spec_of, temporary_path
-from dynamicvit.runs.run import Run, RunOptions, list_bad_images, log_model
+from dynamicvit.datasets import BatchTransform
+from dynamicvit.errors import UserError, exit_status
+from dynamicvit.models import Teacher
+from dynamicvit.models.flops import count_gflops
+from dynamicvit.optim import AMP_DTYPES, precision_name
+from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number, path
+from dynamicvit.recipe import build_recipe
+from dynamicvit.runs.run import log_model
 from dynamicvit.signals import Stopped, StopSignal
-from dynamicvit.tools.accelerate_report import DENSE, MERGED, TUNED, Answers, Comparison, report_content, report_page
+from dynamicvit.tools.accelerate_output import OutputFolder
+from dynamicvit.tools.accelerate_report import Report
+from dynamicvit.tools.comparison import DENSE, MERGED, TUNED, Answers, Comparison, likeness_of, predict_all
+from dynamicvit.tools.dense import Own, find_dense, label
+from dynamicvit.tools.finetune import RECIPE, Budget, FineTuning, NoSignal, Outcome
+from dynamicvit.tools.speedup import Deployment, Wish, choose_spec, make_faster, share_weights, time_models, time_ratios
+from dynamicvit.tools.splits import Decoded, Images, decode, first, split_images, with_progress
 from dynamicvit.utils import log
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 
 from dynamicvit import utils
 
-MAX_STAGES = 9
-FEWEST_TOKENS = 0.15  # share of the patches; with fewer at the end (30 of 196) answers change too much
-MIN_IMAGES = 50  # to fine-tune with
-MAX_HELD_BACK, MAX_TRAINING = 500, 10_000  # images; more take time and tell little more
-HELD_BACK_IN = 5  # one image in this many
-VALIDATION_COST = 3  # times asking the faster model alone, as the dense one is asked too
-VALIDATION_SHARE = 0.25  # of the minutes, at most: with many images held back there are fewer epochs
-TRIAL_STEPS = 8  # from which the time of a step is known
-REPORT, PAGE, TRAINING = "report.json", "report.html", "training"  # in the output folder
-RECIPE, SAVE_FREQ = "label-free", "1m"
-# Of these flags a run that is resumed may have other values.
-MAY_CHANGE = ("output", "num_workers", "device")
+SPEEDUP, MINUTES = 1.5, 5.0  # where nothing else is asked for
+CHOICE_IMAGES = 64  # by which layouts that are equally fast are told apart
+BATCH_SIZE = {"cpu": 16, "cuda": 128}  # of training
+MAX_WORKERS = {"cpu": 4, "cuda": 16}
+
+
+def accelerate(
+    model: nn.Module | str,
+    images: Images,
+    speedup: float | None = None,
+    *,
+    output: str | Path | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    flops_speedup: float | None = None,
+    base_rate: float | None = None,
+    keep_rates: Sequence[float] | None = None,
+    pruning_loc: Sequence[int] | None = None,
+    for_batch: int | None = None,
+    amp: str = "auto",
+    weights: str | Path | None = None,
+    input_size: int | None = None,
+    class_names: str | Path | Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    stop: StopSignal | None = None,
+) -> tuple[nn.Module, Report]:
+    """A faster copy of a trained vision transformer, in eval mode, and what is known of it.
+
+    model: a timm ViT (left as it is), one of timm's names or ours, or a folder of save_pretrained's.
+    images: like those that the model is for: a folder, files, or a DataLoader that gives (B, 3, H, W) tensors as the
+    model takes them, alone or before labels. A fifth of them is never trained on, and is what the report is about.
+    speedup: times as fast, by the clock, here, at a batch of for_batch images (default: 8 on a CPU, 128 on a GPU) in
+    the precision amp (auto: bfloat16 on a GPU, float32 on a CPU). Default 1.5. Instead: flops_speedup, times fewer
+    multiply-adds; or base_rate, the share of its tokens that each stage keeps; or keep_rates, shares of all tokens by
+    stage. pruning_loc: the blocks before which tokens merge, where they are not to be chosen.
+    minutes: of fine-tuning, about (default 5; 0 for none); or steps, exactly repeatable.
+    output: a new folder for model and report, in which an interrupted run goes on; None: nothing is written.
+    weights, input_size, class_names (names, or a file with one a line), mean, std, crop_pct: where the model's name
+    does not tell. batch_size: of training. stop: ends it early; raises Stopped when what there is has been saved.
+    Raises UserError, also for a speed-up that cannot be had (its message says which one can).
+    """
+    by_hand = any(value is not None for value in (flops_speedup, base_rate, keep_rates))
+    speedup = SPEEDUP if speedup is None and not by_hand else speedup
+    minutes = MINUTES if minutes is None and steps is None else minutes
+    request = Request(
+        model=model,
+        images=images,
+        wish=Wish(speedup, flops_speedup, base_rate, as_tuple(keep_rates), as_tuple(pruning_loc)),
+        budget=Budget(minutes, steps),
+        own=Own(weights, input_size, class_names, mean, std, crop_pct),
+        use=Deployment.on(utils.pick_device(device), for_batch, amp),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        seed=seed,
+    )
+    job = Acceleration(request, OutputFolder(output, request.settings()), stop or NoSignal())
+    job.choose()
+    job.measure()
+    job.fine_tune()
+    return job.finish()
+
+
+def as_tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; see accelerate."""
+
+    model: nn.Module | str
+    images: Images
+    wish: Wish
+    budget: Budget
+    own: Own
+    use: Deployment
+    batch_size: int | None
+    num_workers: int | None
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """For the report, without the folders of this machine, and without what a resumed run may have otherwise."""
+        own = asdict(self.own) | {"weights": label(self.own.weights), "class_names": label(self.own.class_names)}
+        values = {"model": label(self.model), "images": label(self.images)} | asdict(self.wish) | own
+        values |= asdict(self.budget) | {"batch_size": self.batch_size, "seed": self.seed}
+        values |= {"for_batch": self.use.batch_size, "amp": precision_name(self.use.amp_dtype)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @property
+    def workers(self) -> int:
+        most = MAX_WORKERS[self.use.device.type]
+        return min(most, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
+
+
+class Acceleration:
+    """From a dense model and images to a faster model and its report, step by step."""
+
+    def __init__(self, request: Request, folder: OutputFolder, stop: StopSignal | NoSignal) -> None:
+        self.request, self.folder, self.stop, self.use = request, folder, stop, request.use
+        self.dense, self.notes = find_dense(request.model, request.own)
+        for note in self.notes:
+            log(note)
+        self.dense.to(self.use.device).eval()
+        self.spec = self.dense.spec
+        self.split = split_images(request.images, self.spec)
+        self.held_back = decode(self.split.held_back, self.spec, request.workers)
+        log(f"{len(self.split.training)} images to train on, {len(self.held_back)} held back to measure on")
+        self.outcome: Outcome | None = None
+
+    def choose(self) -> None:
+        """The faster model, before any training: the one that an earlier run chose, or by the clock."""
+        use, spec = self.use, self.folder.spec
+        # The teacher's modules may be set up otherwise; what is timed is the model as it is used.
+        as_used = share_weights(self.dense) if use.amp_dtype is None else copy.deepcopy(self.dense)
+        self.as_used = as_used.to(use.amp_dtype)
+        if spec is None:
+            timer = partial(time_ratios, use, self.spec.img_size)
+            spec = choose_spec(self.as_used, self.request.wish, timer, self.distance)
+        self.spec = spec
+        self.fast = make_faster(copy.deepcopy(self.dense), spec)
+        self.report = Report(self.request.settings(), spec.arch, spec.to_dict(), use=str(use), notes=self.notes)
+        self.report.schedule = self.folder.earlier.schedule if self.folder.earlier else []
+        self.folder.write(self.report)  # now that nothing in the command is wrong
+
+    def distance(self, model: nn.Module) -> float:
+        """How far the model's answers are from the dense model's, on some images that it may learn from."""
+        source = self.split.training if len(self.split.training) else self.split.held_back
+        images = decode(first(source, CHOICE_IMAGES), self.spec, self.request.workers)
+        answers = [self.predict(each, images).outputs for each in (model, self.as_used)]
+        return likeness_of(self.spec).distance(*answers).mean().item()
+
+    def predict(self, model: nn.Module, images: Decoded) -> Answers:
+        """Its outputs for the images. Raises Stopped at a signal, as there is no model yet to keep."""
+        batches = images.loader(self.use.batch_size, self.use.device.type == "cuda")
+        shown = self.until_stopped(with_progress(batches, len(batches), "measuring"))
+        how = self.spec.preprocessing
+        return predict_all(model, shown, BatchTransform(self.use.device, how.mean, how.std), self.use.amp_dtype)
+
+    def until_stopped(self, batches: Iterable) -> Iterator:
+        for batch in batches:
+            if self.stop.received:
+                raise Stopped(f"{self.stop.name} received before there was a model; run the same command again")
+            yield batch
+
+    def measure(self) -> None:
+        """The faster model's speed and answers beside the dense one's."""
+        size = self.spec.img_size
+        gflops = {"dense": count_gflops(self.dense, size), "dynamic": count_gflops(self.fast, size)}
+        log_model(self.fast, gflops)
+        self.comparison = Comparison(likeness_of(self.spec), gflops)
+        self.report.images_held_back = len(self.held_back)
+        self.report.batch_sizes = list(dict.fromkeys([self.use.batch_size, 1]))
+        self.speeds = {DENSE: {}, MERGED: {}}
+        fast = make_faster(share_weights(self.as_used), self.spec).eval()
+        for batch_size in self.report.batch_sizes:
+            use = replace(self.use, batch_size=batch_size)
+            seconds = time_models(use, size, {DENSE: self.as_used, MERGED: fast})
+            for name, value in seconds.items():
+                self.speeds[name][f"images_per_s_{batch_size}"] = batch_size / value
+        self.compare(DENSE, self.dense)
+        started = time.monotonic()
+        self.compare(MERGED, self.fast)
+        self.seconds = time.monotonic() - started
+        log(str(self.report))
+
+    def compare(self, name: str, model: nn.Module) -> None:
+        """Adds a row to the report."""
+        log(self.comparison.add(name, self.predict(model, self.held_back)))
+        self.report.rows[name] = self.comparison.rows[name] | self.speeds[DENSE if name == DENSE else MERGED]
+        self.report.saved = name  # for now
+
+    def fine_tune(self) -> None:
+        """Unless there are too few images, or nobody wants it."""
+        request, report = self.request, self.report
+        if len(self.split.training) == 0 or request.budget.is_none:
+            return
+        batch_size = request.batch_size or BATCH_SIZE[self.use.device.type]
+        recipe = build_recipe(RECIPE, batch_size=batch_size, seed=request.seed, distill=True, model_ema=False)
+        loader = self.held_back.loader(2 * batch_size, self.use.device.type == "cuda")
+        tuning = FineTuning(recipe, request.workers, self.fast, Teacher(self.dense), self.split.training, loader)
+        if not report.schedule:
+            report.schedule = list(tuning.schedule(request.budget, self.seconds))
+            self.folder.write(report)
+        self.outcome = tuning.train(self.folder.training, tuple(report.schedule), self.comparison.gflops, self.stop)
+        report.history = self.outcome.history
+
+    def finish(self) -> tuple[nn.Module, Report]:
+        """Keeps the better one and writes it. Raises Stopped if a signal has ended the training."""
+        stopped, self.stop = self.outcome and self.outcome.stopped, NoSignal()
+        if self.outcome and self.outcome.is_tuned:
+            try:
+                self.compare(TUNED, self.fast)
+            except UserError as error:
+                log(f"warning: {error}; fine-tuning is left out")
+        self.report.saved = self.comparison.best
+        if self.report.saved != TUNED:
+            if self.outcome and self.outcome.is_tuned:
+                log("fine-tuning did not help on the images held back: the model is left as it was")
+            self.fast.load_state_dict(self.dense.state_dict())
+        self.fast.set_distilled_training(False)  # in a user's own training loop it answers with logits
+        self.folder.finish(self.report, self.fast, self.comparison, self.held_back)
+        log(str(self.report))
+        if stopped is not None:
+            raise Stopped(f"{stopped}; {self.folder.folder} holds the best so far")
+        return self.fast.eval(), self.report
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="accelerate", description=(__doc__ or "").split("\n")[0])
-    add = parser.add_argument
-    add("model", help="one of timm's names, or of ours (deit_small, ...)")
-    add("--images", type=Path, required=True, help="a folder; class folders in it are used only for the report")
-    add("--output", type=Path, required=True, help="a new folder for the model and the report")
-    add("--weights", help="a file or folder with the dense model's weights (default: the published ones)")
+    add, share = parser.add_argument, number(float, KEEP_RATE)
+    add("model", help="one of timm's names, or of ours (deit_small, ...), or a folder of save_pretrained's")
+    add("--images", type=path, required=True, help="a folder; class folders in it are used only for the report")
+    add("--output", type=path, required=True, help="a new folder for the model and the report")
+    add("--speedup", type=number(float, POSITIVE), help=f"times as fast, measured here (default: {SPEEDUP})")
+    add("--flops-speedup", type=number(float, POSITIVE), help="instead: times fewer multiply-adds")
+    add("--base-rate", type=share, help="instead: share of its tokens that each stage keeps")
+    add("--keep-rates", type=share, nargs="+", help="instead: shares of all tokens, by stage")
+    add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="blocks before which tokens merge")
+    add("--for-batch", type=number(int, POSITIVE), help="images at a time in use (default: 8, or 128 on a GPU)")
+    add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision in use; auto: bf16 on a GPU")
+    add("--minutes", type=number(float, NOT_NEGATIVE), help=f"of fine-tuning, about (default: {MINUTES:g}; 0: none)")
+    add("--steps", type=number(int, NOT_NEGATIVE), help="instead, rounded up to tens: exactly repeatable")
+    add("--weights", type=path, help="file or folder of the dense model's weights (default: the published ones)")
     add("--input-size", type=number(int, POSITIVE), help="pixels (default: the model's own)")
-    add("--speedup", type=number(float, POSITIVE), default=1.6, help="how many times fewer multiply-adds to aim for")
-    add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="by hand: blocks before which tokens merge")
-    add("--base-rate", type=number(float, KEEP_RATE), help="by hand: share of its tokens that each stage keeps")
-    add("--keep-rates", type=number(float, KEEP_RATE), nargs="+", help="by hand: shares of all tokens, by stage")
-    add("--minutes", type=number(float, NOT_NEGATIVE), default=5.0, help="approximately, of fine-tuning; 0 for none")
-    add(
-        "--steps", type=number(int, NOT_NEGATIVE), help="of fine-tuning instead, rounded up to tens: exactly repeatable"
-    )
-    add("--batch-size", type=number(int, POSITIVE), default=16)
-    add("--num-workers", type=number(int, NOT_NEGATIVE), default=min(4, os.cpu_count() or 1))
+    add("--class-names", type=path, help="a file with the name of a class on each line")
+    for name in ("--mean", "--std"):
+        add(name, type=number(float, POSITIVE), nargs=3, help="of the channels that the weights expect, from 0 to 1")
+    add("--crop-pct", type=number(float, KEEP_RATE), help="side of the part of an image that is looked at")
+    add("--batch-size", type=number(int, POSITIVE), help="of training (default: 16, or 128 on a GPU)")
+    add("--num-workers", type=number(int, NOT_NEGATIVE), help="loader processes (default: by the cores)")
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=number(int, SEED), default=0)
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    if utils.launched_by_torchrun():
-        raise UserError("tools.accelerate runs in one process; for several see docs/label_free.md")
-    stop = StopSignal()
-    device = utils.pick_device(args.device)
-    utils.set_seed(args.seed)
-    content = read_checkpoint(args.weights) if args.weights else None
-    spec = describe(args.model, content, args.input_size)
-    spec = choose_stages(spec, args.speedup, args.pruning_loc, args.base_rate, args.keep_rates)
-    training, held_back = split(args.images, spec)
-    weights = dense_weights(spec, content)
-    settings = {name: plain(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
-    fast = build_model(spec)
-    load_weights(fast, weights)
-    fast.to(device)
-    teacher = build_teacher(fast.spec, weights).to(device)
-    notes = claim(args.output, settings)  # now that nothing in the command is wrong
-    gflops = dense_and_dynamic_gflops(fast)
-    log_model(fast, gflops)
-    log(f"{args.images}: {len(training)} images to train on, {len(held_back)} held back to measure on")
-
-    loader = measuring_loader(held_back, fast.spec, args.batch_size, args.num_workers, device)
-    comparison = Comparison(fast.spec, loader.dataset, gflops)
-    log(comparison.add(DENSE, ask(teacher.vit, loader, device, stop)))
-    started = time.monotonic()
-    log(comparison.add(MERGED, ask(fast, loader, device, stop)))
-    seconds = time.monotonic() - started
-
-    stopped = None
-    if len(training) > 0 and (args.minutes if args.steps is None else args.steps) > 0:
-        recipe = build_recipe(RECIPE, batch_size=args.batch_size, seed=args.seed, distill=True, model_ema=False)
-        tuning = FineTuning(recipe, args.num_workers, fast, teacher, training, loader)
-        if "schedule" not in notes:
-            notes["schedule"] = tuning.schedule(args.steps, args.minutes, seconds)
-            write_json(args.output / REPORT, notes)
-        run = tuning.run(args.output / TRAINING, *notes["schedule"], gflops, stop, settings)
-        try:
-            run.to_the_end()
-        except Stopped as error:
-            stopped = error
-        comparison.history = run.progress.history
-        list_bad_images(run.progress.bad_images)
-        # By its end the learning rate has come down to 0. That tells more than a few images, among which an earlier
-        # epoch may look better by chance.
-        epoch = BEST if stopped else LAST
-        keep_better(fast, weights, args.output / TRAINING / epoch, comparison, loader)
-    finish(args.output, fast, teacher.vit, comparison, notes, stopped)
-
-
-def describe(name: str, content: dict[str, Any] | None, input_size: int | None) -> ModelSpec:
-    """The dense model of this name, as described in the weights file if it has a description."""
-    described = spec_of(content) if content else None
-    spec = described if described is not None and described.arch == name else ModelSpec(name)
-    num_classes = num_classes_of(find_weights(content)) if content else spec.num_classes
-    return replace(
-        spec,
-        dense=True,
-        num_classes=num_classes,
-        img_size=input_size or spec.img_size,
-        pruning_loc=None,
-        keep_rates=None,
-    )
-
-
-def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> StateDict:
-    """From the file, or the published ones. Raises CheckpointError if they cannot be had."""
-    if content is None:
-        try:
-            return read_dense_weights(spec, None)
-        except CheckpointError as error:  # it speaks of another command's flag
-            raise CheckpointError(str(error).replace("--pretrained", "--weights")) from error
-    weights = find_weights(content)
-    backbone = backbone_part(weights)
-    if len(backbone) < len(weights):
-        log("the predictors in --weights are left out: tokens are ranked without them")
-    return backbone
-
-
-def choose_stages(
-    dense: ModelSpec,
-    speedup: float,
-    pruning_loc: Sequence[int] | None,
-    base_rate: float | None,
-    keep_rates: Sequence[float] | None,
-) -> ModelSpec:
-    """Where tokens merge and how many stay: as given by hand, else for a speed-up in multiply-adds.
-
-    Stages are spread evenly over the blocks from a quarter of the depth on (before that class attention
-    says little), and each keeps the same share of its tokens. Raises UserError for a speed-up that
-    would leave too few tokens.
-    """
-    with torch.device("meta"):
-        model = build_model(dense)
-    dense, depth = model.spec, len(getattr(model, "blocks", ()))
-    if depth < 2:
-        raise UserError(f"{dense.arch} has no transformer blocks to merge tokens between; give a vision transformer")
-    first = max(1, depth // 4)
-    count = min(MAX_STAGES, depth - first)
-    spread = tuple(first + stage * (depth - first) // count for stage in range(count))
-    spec = replace(dense, dense=False, scorer="distinct", reducer="merge", pruning_loc=tuple(pruning_loc or spread))
-    if keep_rates is not None:
-        return replace(spec, keep_rates=tuple(keep_rates))
-    if base_rate is not None:
-        return replace(spec, keep_rates=geometric_keep_rates(base_rate, len(spec.pruning_loc)))
-    return replace(spec, keep_rates=keep_rates_for(spec, speedup))
-
-
-def keep_rates_for(spec: ModelSpec, speedup: float) -> tuple[float, ...]:
-    """The constant rate, down to FEWEST_TOKENS, that makes the model so many times cheaper than its dense backbone."""
-    lowest = geometric_keep_rates(LOWEST_RATE, len(spec.pruning_loc), FEWEST_TOKENS)
-    with torch.device("meta"):
-        gflops = dense_and_dynamic_gflops(build_model(replace(spec, keep_rates=lowest)))
-    largest = math.floor(100 * gflops["dense"] / gflops["dynamic"]) / 100
-    if not 1 < speedup <= largest:
-        raise UserError(
-            f"--speedup must be above 1 and at most {largest:.3g} for {spec.arch}, got {speedup:g}; "
-            "beyond that too few tokens are left (by hand: --pruning-loc and --base-rate)"
-        )
-    return solve_keep_rates(spec, gflops["dense"] / speedup, FEWEST_TOKENS)
-
-
-def split(folder: Path, spec: ModelSpec) -> tuple[ImageFiles, ImageFiles]:
-    """The images to train on and those held back, told apart by their names, so that it is the same next time.
-
-    Labels are kept if the class folders are the model's classes. Files that are no images are
-    left out. Too few images to train with are all held back. Raises UserError if there is no image.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no folder of images: {folder}")
-    parts = [part for part in PARTS if (folder / part).is_dir()]
-    if len(parts) > 1:
-        names = " and ".join(f"{part}/" for part in parts)
-        raise UserError(f"{folder} holds {names}, which would all be trained on; give one: --images {folder}/train")
-    found = read_folder(folder, spec.num_classes or None, labelled=False)
-    labelled = classes_fit(spec, found.classes)
-    chosen: dict[bool, list[tuple[str, int]]] = {False: [], True: []}
-    unreadable = []
-    for path, label in sorted(found.samples(), key=lambda sample: name_hash(sample[0], folder)):
-        held_back = name_hash(path, folder) % HELD_BACK_IN == 0
-        if len(chosen[held_back]) < (MAX_HELD_BACK if held_back else MAX_TRAINING):
-            if is_readable(path, whole=held_back):
-                chosen[held_back].append((path, label if labelled else IGNORED_LABEL))
-            else:
-                unreadable.append(path)
-    if unreadable:
-        log(f"warning: {len(unreadable)} file(s) cannot be read as images and are left out, as {unreadable[0]}")
-    usable = len(chosen[False]) + len(chosen[True])
-    if usable == 0:
-        raise UserError(f"no image that can be read in {folder}")
-    if usable < MIN_IMAGES or not chosen[True]:
-        log(
-            f"warning: only {usable} usable images: the report's figures are rough, and the model is not fine-tuned, "
-            f"which takes at least {MIN_IMAGES}"
-        )
-        chosen = {False: [], True: chosen[False] + chosen[True]}
-    classes = found.classes if labelled else ()
-    return ImageFiles(chosen[False], classes, folder), ImageFiles(chosen[True], classes, folder)
-
-
-def name_hash(path: str, folder: Path) -> int:
-    """The same wherever the folder lies."""
-    return int(hashlib.sha256(os.fsencode(os.path.relpath(path, folder))).hexdigest(), 16)
-
-
-def is_readable(path: str, whole: bool) -> bool:
-    """Whether it is an image; unless whole, by its header alone, as decoding thousands takes minutes."""
-    try:
-        if whole:
-            open_image(path)
-        else:
-            Image.open(path).close()
-        return True
-    except (ImageError, *UNREADABLE):
-        return False
-
-
-def claim(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Creates the output folder, or resumes what the same command began there; returns its report so far."""
-    report = output / REPORT
-    if report.is_file():
-        earlier = read_json(report)
-        changed = [name for name in settings if earlier.get("settings", {}).get(name) != settings[name]]
-        if changed:
-            flags = ", ".join(f"{name.replace('_', '-')} {earlier.get('settings', {}).get(name)}" for name in changed)
-            raise UserError(f"{output} holds the output of another command ({flags}); choose another --output")
-        return earlier
-    try:
-        if output.is_dir() and any(output.iterdir()):
-            raise UserError(f"{output} holds other files; choose a new folder for --output")
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(report, {"settings": settings})
-    except OSError as error:
-        raise UserError(f"cannot write to --output {output} ({error.strerror})") from error
-    return {"settings": settings}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged; choose another --output") from error
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Atomically."""
-    temporary_path(path).write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary_path(path), path)
-
-
-def plain(value: Any) -> Any:
-    """For JSON."""
-    return str(value.resolve()) if isinstance(value, Path) else value
-
-
-def measuring_loader(
-    images: ImageFiles, spec: ModelSpec, batch_size: int, num_workers: int, device: torch.device
-) -> DataLoader:
-    data_set = AugmentedDataset(images, eval_transform(spec.img_size, spec.preprocessing), train=False, skip_bad=True)
-    return build_val_loader(data_set, 2 * batch_size, num_workers, device.type == "cuda")
-
-
-@torch.inference_mode()
-def ask(model: nn.Module, loader: DataLoader, device: torch.device, stop: StopSignal | None = None) -> Answers:
-    """A model's outputs for all images, in float32. Raises Stopped at a signal, if stop is given."""
-    transform = BatchTransform(device, model.spec.preprocessing.mean, model.spec.preprocessing.std)
-    outputs, labels = [], []
-    model.eval()
-    for images, batch_labels in loader:
-        if stop is not None and stop.received:
-            raise Stopped(f"{stop.name} received: nothing is lost; run the same command again")
-        outputs.append(model(transform(images)).float().cpu())
-        labels.append(batch_labels)
-    return Answers(torch.cat(outputs), torch.cat(labels))
-
-
-class FineTuning:
-    """Label-free fine-tuning by the engine that main_dynamic_vit.py trains with."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        num_workers: int,
-        model: nn.Module,
-        teacher: Teacher,
-        training: ImageFiles,
-        val_loader: DataLoader,
-    ) -> None:
-        self.recipe, self.num_workers, self.val_loader = recipe, num_workers, val_loader
-        self.model, self.teacher = model, teacher
-        self.device = next(model.parameters()).device
-        self.augmentation = build_augmentation(RECIPE)
-        self.training = training
-
-    def loader(self, steps: int) -> DataLoader:
-        """Training images for this many steps, each image as often as it takes."""
-        repeats = math.ceil(steps * self.recipe.batch_size / len(self.training))
-        images = ImageFiles([*self.training.samples()] * repeats, self.training.classes, self.training.root)
-        transform = train_transform(self.model.spec.img_size, self.augmentation)
-        data_set = AugmentedDataset(images, transform, train=True, skip_bad=True)
-        pinned = self.device.type == "cuda"
-        loader, _ = build_train_loader(data_set, self.recipe.batch_size, self.num_workers, pinned, self.recipe.seed)
-        return loader
-
-    def trainer(self, recipe: Recipe, model: nn.Module, steps: int) -> Trainer:
-        print_freq = max(1, steps // 2)
-        return build_trainer(recipe, model, self.teacher, self.device, self.augmentation, steps, print_freq)
-
-    def schedule(self, steps: int | None, minutes: float, seconds: float) -> tuple[int, int]:
-        """Epochs and steps in each: this many steps, or (None) as many as the minutes allow on this machine.
-
-        seconds: what it takes to measure the model on the images held back, which every epoch ends with.
-        """
-        epochs = self.recipe.epochs
-        if steps is None:
-            validation = VALIDATION_COST * seconds
-            epochs = max(1, min(epochs, int(60 * minutes * VALIDATION_SHARE / validation)))
-            seconds_a_step = self.seconds_a_step()
-            steps = max(epochs, int((60 * minutes - epochs * validation) / seconds_a_step))
-            log(f"{seconds_a_step:.2f} s a step: {steps} steps in {minutes:g} minutes")
-        epochs = min(epochs, steps)
-        return epochs, math.ceil(steps / epochs)
-
-    def seconds_a_step(self) -> float:
-        """Median over a few steps of a copy."""
-        trainer = self.trainer(self.recipe, copy.deepcopy(self.model), TRIAL_STEPS)
-        trainer.model.train()
-        ends = []
-        for images, labels in islice(self.loader(TRIAL_STEPS), TRIAL_STEPS):
-            before_step = copy_statistics(trainer.model)
-            accumulate_gradients(trainer, images, labels, last=True)["loss"].item()  # waits for a GPU
-            update_weights(trainer, before_step)
-            ends.append(time.monotonic())
-        return statistics.median([after - before for before, after in pairwise(ends)])
-
-    def run(
-        self,
-        folder: Path,
-        epochs: int,
-        steps: int,
-        gflops: dict[str, float],
-        stop: StopSignal,
-        settings: dict[str, Any],
-    ) -> Run:
-        """The training run in the folder, or what is left of it if it was begun before."""
-        place = Place(str(folder), "auto", evaluating=False)
-        earlier = read_run(place, lambda content: [])  # claim has compared the settings
-        recipe = replace(self.recipe, epochs=epochs)
-        run_options = RunOptions(
-            place=place,
-            epochs=epochs,
-            steps_per_epoch=steps,
-            step_images=recipe.step_images,
-            save_freq=SAVE_FREQ,
-            dist_eval=False,
-            compare_with_dense=True,
-            settings=settings,
-        )
-        trainer = self.trainer(recipe, self.model, steps)
-        if (dtype := pick_amp(recipe.amp, self.device)) is not None:
-            log(f"epochs are measured in {precision_name(dtype)}, all else in float32")
-        state = RunState.from_content(earlier) if earlier else None
-        return Run(run_options, trainer, self.teacher, self.loader(steps), self.val_loader, gflops, stop, state)
-
-
-def keep_better(fast: nn.Module, weights: StateDict, tuned: Path, comparison: Comparison, loader: DataLoader) -> None:
-    """Leaves in the model the weights that fine-tuning came to, or those that it began with if these do better."""
-    if tuned.is_file():
-        load_weights(fast, find_weights(read_checkpoint(tuned)))
-        log(comparison.add(TUNED, ask(fast, loader, next(fast.parameters()).device)))
-        if comparison.better_of(MERGED, TUNED) == TUNED:
-            return
-        log("fine-tuning did not help on the images held back: the model is left as it was")
-    load_weights(fast, weights)
-
-
-def finish(
-    output: Path,
-    fast: nn.Module,
-    dense: nn.Module,
-    comparison: Comparison,
-    notes: dict[str, Any],
-    stopped: Stopped | None,
-) -> None:
-    """Writes the model and the report. Raises Stopped again if a signal has ended the training."""
-    kept = comparison.better_of(MERGED, TUNED)
-    unnamed = fast.spec.class_names is None and fast.spec.num_classes != IMAGENET_CLASSES
-    save_pretrained(fast, output, (unnamed and comparison.images.source.classes) or None)
-    if stopped is None:  # who wants it to end does not want to wait for this
-        comparison.measure_speed(dense, fast)
-    write_json(output / REPORT, notes | report_content(comparison, kept))
-    (output / PAGE).write_text(report_page(comparison, fast, kept, str(output)), encoding="utf-8")
-    if stopped is not None:
-        raise Stopped(f"{stopped}; {output} holds the best so far")
-    log(f"saved in {output}: the {kept} model, {PAGE}")
-
-
 def command(argv: Sequence[str] | None = None) -> None:
-    main(build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    if utils.launched_by_torchrun():
+        raise UserError("accelerate runs in one process; for several see docs/label_free.md")
+    utils.set_seed(args.seed)
+    accelerate(**vars(args), stop=StopSignal())
 
 
 if __name__ == "__main__":

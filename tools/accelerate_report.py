@@ -1,186 +1,147 @@
-"""How a faster model's answers compare with its dense self's, and the report of it: report.json and report.html."""
+"""The report of a faster model: report.json, which can be read again, and report.html, a page of its own."""
 
 import base64
 import html
 import io
+import json
 import math
-import time
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_origin
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from dynamicvit.datasets import AugmentedDataset, class_names
-from dynamicvit.engine import SUMS, batch_sums, means_over_images
-from dynamicvit.losses import cosine_distance, kl_divergence
-from dynamicvit.models import ModelSpec, gives_embeddings
+from dynamicvit.datasets import class_names
+from dynamicvit.errors import UserError
+from dynamicvit.models import ModelSpec
 from dynamicvit.models.pictures import prune, stage_panel
-from dynamicvit.models.pruning import choose_attention
+from dynamicvit.runs.whole import temporary_path
+from dynamicvit.tools.comparison import DENSE, MERGED, NAMES, Comparison, Row, in_words, likeness_of
+from dynamicvit.tools.splits import Decoded
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-DENSE, MERGED, TUNED = "dense", "merged", "fine-tuned"
-BATCH_SIZES = (1, 32)
-SPEED_SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 10.0, 5, 30  # of measuring, for each batch size
 NUM_MERGED, NUM_DIFFERENT = 6, 8  # photos in the report
-COLUMNS = {  # of the table: heading, unit, decimals
-    "agreement": ("agreement", " %", 1),
-    "kl": ("KL", "", 4),
-    "cosine": ("mean cosine", "", 4),
-    "neighbour": ("same nearest neighbour", " %", 1),
-    "top1": ("top-1", " %", 1),
-    "gflops": ("GFLOPs", "", 3),
-    "images_per_s_1": ("images/s, batch 1", "", 1),
-    "images_per_s_32": ("images/s, batch 32", "", 1),
-}
-
-
-class Answers(NamedTuple):
-    """A model's outputs for the images held back."""
-
-    outputs: Tensor  # (N, classes) logits or (N, C) embeddings, float32
-    labels: Tensor  # (N,), IGNORED_LABEL where there are none
+MOST_BYTES = 10 * 2**20  # of a report.json
 
 
 @dataclass
-class Comparison:
-    """The dense model's answers beside those of the faster ones, on the images held back."""
+class Report:
+    """What is known of a faster model; what is not known yet is empty. Names no folder of the machine."""
 
-    spec: ModelSpec  # of the faster model
-    images: AugmentedDataset
-    gflops: dict[str, float]  # by "dense" and "dynamic"
-    answers: dict[str, Answers] = field(default_factory=dict)  # by name, the dense model's first
-    rows: dict[str, dict[str, float]] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)  # the training run's, by epoch
+    settings: dict[str, Any]  # what was asked for; a run is resumed by the same alone
+    arch: str = ""
+    model: dict[str, Any] = field(default_factory=dict)  # the faster one's description (ModelSpec.to_dict)
+    schedule: list[int] = field(default_factory=list)  # of fine-tuning: epochs, and steps in each
+    use: str = ""  # batch, precision and hardware that its speed is for
+    batch_sizes: list[int] = field(default_factory=list)  # that speed was measured at, the one of the use first
+    images_held_back: int = 0
+    rows: dict[str, Row] = field(default_factory=dict)  # by model, the dense one first
+    saved: str = ""  # the row whose model was saved
+    history: list[dict[str, float]] = field(default_factory=list)  # of fine-tuning, by epoch
+    notes: list[str] = field(default_factory=list)  # what was adapted or assumed
 
-    def add(self, name: str, answers: Answers) -> str:
-        """Returns what the comparison says, in words."""
-        self.answers[name] = answers
-        dense = self.answers[DENSE].outputs
-        embeddings = gives_embeddings(self.spec)
-        sums = dict(zip(SUMS, batch_sums(*answers, dense).tolist(), strict=True))
-        row = means_over_images(sums, with_dense=True, embeddings=embeddings)
-        if embeddings:
-            row["neighbour"] = 100 * same_neighbour(answers.outputs, dense)
-        self.rows[name] = row | {"gflops": self.gflops["dense" if name == DENSE else "dynamic"]}
-        return f"{name}: " + ", ".join(
-            f"{COLUMNS[key][0]} {number(key, value)}" for key, value in row.items() if key in COLUMNS
-        )
+    @property
+    def speedups(self) -> dict[int, float]:
+        """Times as fast as the dense model, by batch size."""
+        if not self.saved:
+            return {}
+        dense, row = self.rows[DENSE], self.rows[self.saved]
+        names = {size: f"images_per_s_{size}" for size in self.batch_sizes}
+        return {size: row[name] / dense[name] for size, name in names.items() if name in row and name in dense}
 
-    def better_of(self, name: str, other: str) -> str:
-        """Of two names, the one more like the dense model; one that was not measured never wins."""
-        measure, sign = ("cosine", 1) if gives_embeddings(self.spec) else ("kl", -1)
-        known = [candidate for candidate in (name, other) if candidate in self.rows]
-        return max(known, key=lambda candidate: sign * self.rows[candidate][measure])
+    def __str__(self) -> str:
+        """The answer in a few sentences, what is bad about it first."""
+        dense, row = self.rows[DENSE], self.rows[self.saved]
+        sentences = []
+        if self.speedups:
+            of_use, *others = self.speedups.items()
+            sentences += ["This model is SLOWER than the dense one"] if of_use[1] < 1 else []
+            also = "".join(f" ({ratio:.2f} times at batch {size})" for size, ratio in others)
+            sentences.append(f"{of_use[1]:.2f} times as fast as the dense model at {self.use}{also}")
+        sentences.append(f"{dense['gflops'] / row['gflops']:.2f} times fewer multiply-adds")
+        figures = {name: in_words(row, name) for name in NAMES if name in row}
+        spec = ModelSpec.from_dict(self.model)
+        sentences.append(likeness_of(spec).sentence.format(images=row["images"], **figures))
+        sentences[-1] += " that it was never trained on"
+        return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
-    def measure_speed(self, dense: nn.Module, fast: nn.Module) -> None:
-        """Images/s of both models, alternately, so that a busy machine is equally busy for both."""
-        for batch_size in BATCH_SIZES:
-            pace = images_per_second({DENSE: dense, MERGED: fast}, self.images[0][0], batch_size)
-            for name, row in self.rows.items():
-                row[f"images_per_s_{batch_size}"] = pace[DENSE if name == DENSE else MERGED]
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        temporary_path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(temporary_path(path), path)
 
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """Raises UserError for a file that no report was written to, or that is damaged."""
+        try:
+            with open(path, "rb") as file:
+                content = json.loads(file.read(MOST_BYTES))
+            if not isinstance(content, dict):
+                raise TypeError("it holds no report")
+            report = cls(**content)
+            report.check()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(
+                f"{path} is damaged or no report of this program ({error}); choose another output"
+            ) from error
+        return report
 
-def same_neighbour(outputs: Tensor, dense: Tensor) -> float:
-    """(N, C) embeddings, twice -> the share of images whose nearest other image is the same one, by cosine."""
-    nearest = []
-    for embeddings in (outputs, dense):
-        embeddings = F.normalize(embeddings, dim=1)
-        nearest.append((embeddings @ embeddings.T).fill_diagonal_(-math.inf).argmax(dim=1))
-    return (nearest[0] == nearest[1]).float().mean().item()
-
-
-@torch.inference_mode()
-def images_per_second(models: dict[str, nn.Module], image: Tensor, batch_size: int) -> dict[str, float]:
-    """Median over rounds, in each of which every model has its turn."""
-    device = next(next(iter(models.values())).parameters()).device
-    batch = torch.randn(batch_size, *image.shape, device=device)
-    for model in models.values():
-        choose_attention(model, batch)  # training in bfloat16 has left the dense one with the slower kernel
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    end = time.monotonic() + SPEED_SECONDS
-    for done in range(MOST_ROUNDS + 1):
-        if done > FEWEST_ROUNDS and time.monotonic() > end:
-            break
-        for name, model in models.items():
-            started = time.perf_counter()
-            model(batch).sum().item()  # waits for a GPU
-            seconds[name].append(time.perf_counter() - started)
-    return {name: batch_size / float(np.median(values[1:])) for name, values in seconds.items()}  # 1st: warm-up
-
-
-# --- The report
-
-
-def report_content(comparison: Comparison, kept: str) -> dict[str, Any]:
-    """What report.json says beside the command's settings. kept: the row whose model was saved."""
-    spec = comparison.spec
-    return {
-        "arch": spec.arch,
-        "pruning_loc": spec.pruning_loc,
-        "keep_rates": spec.keep_rates,
-        "images_held_back": len(comparison.images),
-        "rows": comparison.rows,
-        "saved": kept,
-        "history": comparison.history,
-    }
+    def check(self) -> None:
+        """Raises TypeError or ValueError unless all values are of their kind."""
+        for entry in fields(self):
+            kind = get_origin(entry.type) or entry.type
+            if not isinstance(getattr(self, entry.name), kind):
+                raise TypeError(f"{entry.name} is no {kind.__name__}")
+        numbers = [*self.schedule, *self.batch_sizes]
+        for row in (*self.rows.values(), *self.history):
+            numbers += row.values() if isinstance(row, dict) else [None]
+        if not all(isinstance(number, (int, float)) for number in numbers) or len(self.schedule) not in (0, 2):
+            raise TypeError("not a number where one must be")
+        if self.model:
+            ModelSpec.from_dict(self.model)
+        if self.saved and not {DENSE, self.saved} <= self.rows.keys():
+            raise ValueError("no row of the model that was saved")
 
 
-def report_page(comparison: Comparison, fast: nn.Module, kept: str, folder: str) -> str:
+def report_page(report: Report, comparison: Comparison, images: Decoded, fast: nn.Module, folder: str) -> str:
     """A page of HTML that needs no other file. fast: the model that was saved, in `folder`."""
     parts = [
-        f"<h1>{html.escape(comparison.spec.arch)}, faster</h1>",
-        summary(comparison, kept),
-        table(comparison, kept),
-        curve(comparison),
-        merged_photos(comparison, fast),
-        different_photos(comparison, kept),
-        usage(comparison, folder),
+        f"<h1>{html.escape(report.arch)}, faster</h1>",
+        f'<p class="lead">{html.escape(str(report)).replace("+-", "±")}</p>',
+        table(report),
+        f'<p class="note">{html.escape(comparison.likeness.explanation)}</p>',
+        "".join(f'<p class="note">{html.escape(note)}</p>' for note in report.notes),
+        curve(report, comparison.likeness.measure),
+        merged_photos(images, fast),
+        different_photos(comparison, report.saved, images, fast.spec),
+        usage(fast.spec, folder),
     ]
     body = "\n".join(part for part in parts if part)
-    return PAGE.format(title=html.escape(comparison.spec.arch), body=body)
+    return PAGE.format(title=html.escape(report.arch), body=body)
 
 
-def summary(comparison: Comparison, kept: str) -> str:
-    dense, row = comparison.rows[DENSE], comparison.rows[kept]
-    speed = f"<b>{dense['gflops'] / row['gflops']:.2f}</b> times fewer multiply-adds"
-    if "images_per_s_32" in row:
-        ratios = [row[f"images_per_s_{size}"] / dense[f"images_per_s_{size}"] for size in BATCH_SIZES]
-        speed += f", measured <b>{ratios[1]:.2f}</b> times faster at batch 32 and {ratios[0]:.2f} times at batch 1"
-    if "agreement" in row:
-        same = f"Its answer is the dense model's on <b>{row['agreement']:.1f} %</b>"
-    else:
-        same = f"Its embeddings have a mean cosine of <b>{row['cosine']:.4f}</b> to the dense model's"
-    count = f"{row['images']:.0f} images that it was never trained on"
-    return f'<p class="lead">{speed}. {same} of {count}.</p>'.replace("model's of", "model's on")
-
-
-def table(comparison: Comparison, kept: str) -> str:
-    columns = [name for name in COLUMNS if any(name in row for row in comparison.rows.values())]
-    head = "".join(f"<th>{COLUMNS[name][0]}</th>" for name in columns)
+def table(report: Report) -> str:
+    columns = [name for name in NAMES if any(name in row for row in report.rows.values())]
+    speeds = [size for size in report.batch_sizes if f"images_per_s_{size}" in report.rows[DENSE]]
+    heads = [NAMES[name] for name in columns] + ["GFLOPs"] + [f"images/s, batch {size}" for size in speeds]
     lines = []
-    for name, row in comparison.rows.items():
-        cells = "".join(f"<td>{number(column, row[column]) if column in row else ''}</td>" for column in columns)
-        chosen = ' class="saved"' if name == kept else ""
-        lines.append(f"<tr{chosen}><th>{name}{' (saved)' if name == kept else ''}</th>{cells}</tr>")
-    note = (
-        "Agreement, KL (dense || faster) and top-1 on the images held back; speed in float32, both models alternately."
-    )
+    for name, row in report.rows.items():
+        cells = [in_words(row, column).replace("+-", "±") if column in row else "" for column in columns]
+        cells.append(f"{row['gflops']:.3f}")
+        cells += [f"{row[f'images_per_s_{size}']:.1f}" for size in speeds]
+        saved = name == report.saved
+        cells = "".join(f"<td>{cell}</td>" for cell in cells)
+        lines.append(f"<tr{' class=saved' if saved else ''}><th>{name}{' (saved)' if saved else ''}</th>{cells}</tr>")
+    head = "".join(f"<th>{head}</th>" for head in heads)
+    note = f"On the images held back, ± standard error. Speed: {html.escape(report.use)}; both models alternately."
     return f'<table><tr><th></th>{head}</tr>{"".join(lines)}</table><p class="note">{note}</p>'
 
 
-def number(column: str, value: float) -> str:
-    _, unit, decimals = COLUMNS[column]
-    return f"{value:.{decimals}f}{unit}"
-
-
-def curve(comparison: Comparison) -> str:
+def curve(report: Report, measure: str) -> str:
     """The measure of likeness on the images held back, over the epochs."""
-    measure = "val/cosine" if gives_embeddings(comparison.spec) else "val/kl"
-    start = comparison.rows[MERGED][measure.removeprefix("val/")]
-    values = [start, *(record[measure] for record in comparison.history)]
+    values = [report.rows[MERGED][measure], *(record[f"val/{measure}"] for record in report.history)]
     if len(values) < 2:
         return ""
     width, height, left, bottom = 640, 220, 70, 30
@@ -195,17 +156,16 @@ def curve(comparison: Comparison) -> str:
         f'<text x="{left - 10}" y="{b + 4:.1f}" text-anchor="end">{value:.4f}</text>'
         for value, b in ((high, 15), (low, height - bottom - 10))
     )
-    name = "Mean cosine" if measure == "val/cosine" else "KL"
     return (
-        f"<h2>Fine-tuning</h2><p>{name} on the images held back, before training and after each epoch.</p>"
+        f"<h2>Fine-tuning</h2><p>{NAMES[measure]} on the images held back, before training and after each epoch.</p>"
         f'<svg viewBox="0 0 {width} {height}"><polyline points="{points}"/>{dots}{labels}{scale}</svg>'
     )
 
 
-def merged_photos(comparison: Comparison, fast: nn.Module) -> str:
-    count = len(comparison.images)
+def merged_photos(held_back: Decoded, fast: nn.Module) -> str:
+    count = len(held_back)
     chosen = range(0, count, math.ceil(count / NUM_MERGED))
-    images = torch.stack([comparison.images[i][0] for i in chosen])
+    images = torch.stack([pixels(held_back, i) for i in chosen])
     trace = prune(fast, images)
     figures = []
     for image, groups in zip(images, trace.groups.cpu(), strict=True):
@@ -221,21 +181,24 @@ def merged_photos(comparison: Comparison, fast: nn.Module) -> str:
     )
 
 
-def different_photos(comparison: Comparison, kept: str) -> str:
+def different_photos(comparison: Comparison, saved: str, images: Decoded, spec: ModelSpec) -> str:
     """The photos on which both models differ most, with both answers."""
-    outputs, dense = comparison.answers[kept].outputs, comparison.answers[DENSE].outputs
-    embeddings = gives_embeddings(comparison.spec)
-    distance = (cosine_distance if embeddings else kl_divergence)(outputs, dense)
-    worst = distance.topk(min(NUM_DIFFERENT, len(distance)))
-    names = None if embeddings else class_names(comparison.spec, comparison.images.source.classes)
+    outputs, dense = (comparison.answers[name].outputs for name in (saved, DENSE))
+    worst = comparison.likeness.distance(outputs, dense).topk(min(NUM_DIFFERENT, len(outputs)))
+    names = class_names(spec, images.source.classes) if comparison.likeness.measure == "kl" else None
     figures = []
     for value, i in zip(worst.values.tolist(), worst.indices.tolist(), strict=True):
         if names is None:
             text = f"cosine {1 - value:.3f}"
         else:
             text = f"dense: {answer(dense[i], names)}<br>fast: {answer(outputs[i], names)}"
-        figures.append(f"<figure><img src='{embed(comparison.images[i][0])}'><figcaption>{text}</figcaption></figure>")
+        figures.append(f"<figure><img src='{embed(pixels(images, i))}'><figcaption>{text}</figcaption></figure>")
     return f"<h2>Where the answers differ most</h2><div class='photos'>{''.join(figures)}</div>"
+
+
+def pixels(images: Decoded, index: int) -> Tensor:
+    """(3, H, W) uint8; a loader's need not be whole numbers."""
+    return images[index][0].float().round().clamp(0, 255).to(torch.uint8)
 
 
 def answer(logits: Tensor, names: Sequence[str]) -> str:
@@ -250,11 +213,13 @@ def embed(picture: Tensor) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def usage(comparison: Comparison, folder: str) -> str:
-    spec = comparison.spec
+def usage(spec: ModelSpec, folder: str) -> str:
     stages = ", ".join(map(str, spec.pruning_loc))
     rates = ", ".join(f"{rate:.1%}" for rate in spec.keep_rates)
-    code = f"import models\nmodel = models.from_pretrained({folder!r})\noutputs = model(images)"
+    code = (
+        f"import dynamicvit, timm\nmodel = dynamicvit.from_pretrained({folder!r})\n"
+        "transform = timm.data.create_transform(**model.data_config)\noutputs = model(transform(photo)[None])"
+    )
     return (
         f"<h2>Use it</h2><pre>{html.escape(code)}</pre>"
         f'<p class="note">Tokens merge before blocks {stages}, after which {rates} of them are left.</p>'

@@ -25,8 +25,9 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import ImageFiles
 from dynamicvit.models import ModelError, ModelSpec, build_model
 from dynamicvit.models.pruning import PLACES
+from dynamicvit.optim import AMP_DTYPES
 from dynamicvit.options import KEEP_RATE, POSITIVE, OneLineParser, number
-from dynamicvit.recipe import AMP_DTYPES, build_augmentation
+from dynamicvit.recipe import build_augmentation
 from dynamicvit.runs.tables import Column, Row, Table
 from dynamicvit.runs.whole import check_writable, write_whole
 from dynamicvit.tools.contenders import DENSE, NUM_CLASSES, Settings, build_contenders, make_models, prepare, recorded

@@ -17,7 +17,8 @@ from dynamicvit.models.patches import project_by_product
 from dynamicvit.models.scorers import Look
 from dynamicvit.models.stages import FOR_SPEED, can_split, spread
 from dynamicvit.models.twins import dense_twin, twin
-from dynamicvit.recipe import AMP_DTYPES, build_augmentation, build_recipe, build_trainer
+from dynamicvit.optim import AMP_DTYPES, build_trainer
+from dynamicvit.recipe import build_augmentation, build_recipe
 from dynamicvit.tools.rivals import make_rival, nearest
 from dynamicvit.tools.timing import WARMUP_ROUNDS, Step
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class NoScorer(Scorer):
 class CutOff(Reducer):
     """Keeps the first tokens, whatever they show: what any reducer costs at least."""
 
-    name = "cut off"
+    name = "cut_off"
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
         kept = torch.arange(num_keep, device=x.device).expand(x.shape[0], -1)

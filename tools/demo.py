@@ -21,10 +21,10 @@ from dynamicvit.data.shapes import Shapes
 from dynamicvit.datasets import BatchTransform
 from dynamicvit.engine import evaluate
 from dynamicvit.errors import UserError, exit_status
-from dynamicvit.models import build_model, load_weights, read_checkpoint
+from dynamicvit.models import build_model, from_pretrained, load_weights, read_checkpoint
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.pictures import contact_sheet, enlarge, prune, save_png, strip
-from dynamicvit.runs.checkpoints import LAST, restore_model
+from dynamicvit.models.pretrained import LAST
 from dynamicvit.signals import Stopped, StopSignal, die_of_stop_signals
 from dynamicvit.tools.timing import hardware, interleave
 from torch import nn
@@ -95,8 +95,7 @@ def train(flags: list[str], stop: StopSignal) -> int:
 
 def load_run(folder: Path) -> tuple[nn.Module, float]:
     """A trained model in eval mode, and the best epoch's top-1 in percent."""
-    content = read_checkpoint(folder)
-    return restore_model(content, folder), max(record["val/top1"] for record in content["history"])
+    return from_pretrained(folder), max(record["val/top1"] for record in read_checkpoint(folder)["history"])
 
 
 def report(dense_run: tuple[nn.Module, float], dynamic_run: tuple[nn.Module, float]) -> None:

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import UserError, exit_status
-from dynamicvit.models.saved import data_config, first_line
+from dynamicvit.models import from_pretrained
+from dynamicvit.models.describe import data_config
+from dynamicvit.models.saved import first_line
 from dynamicvit.models.twins import dense_twin
 from dynamicvit.options import POSITIVE, OneLineParser, number
-from dynamicvit.runs.checkpoints import load_model
 from dynamicvit.runs.tables import Column, Table
 from dynamicvit.runs.whole import check_writable, whole_file
 from dynamicvit.tools.photos import batch_of, find_photos, read_photos
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     wanted = check(args)
-    model = load_model(args.model)
+    model = from_pretrained(args.model)
     images = read_images(data_config(model.spec), args.images)
     log(f"{args.model}: {model.spec.arch}; checked on {len(images)} {describe_images(args.images)}")
     batch = None if args.dynamic_batch else args.batch_size

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from dynamicvit.datasets import class_names
 from dynamicvit.errors import ImageError, UserError, exit_status
 from dynamicvit.image_files import list_images, open_image
-from dynamicvit.models import ModelSpec, gives_embeddings
-from dynamicvit.models.saved import data_config, first_line, parse_config
+from dynamicvit.models import ModelSpec, from_pretrained, gives_embeddings
+from dynamicvit.models.describe import data_config
+from dynamicvit.models.saved import first_line, parse_config
 from dynamicvit.options import OneLineParser
-from dynamicvit.runs.checkpoints import load_model, temporary_path
+from dynamicvit.runs.whole import temporary_path
 from timm.data import create_transform
 from torch import Tensor
 
@@ -149,7 +150,7 @@ def csv_header(records: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def load_torch(source: str) -> tuple[Runner, ModelSpec]:
-    model = load_model(source)
+    model = from_pretrained(source)
     return torch.inference_mode()(model), model.spec
 
 

@@ -162,7 +162,7 @@ class EnergyReducer(Reducer):
     early: the numbers of tokens that come to the early blocks.
     """
 
-    name = "energy merge"
+    name = "energy_merge"
     merges = True
 
     def __init__(self, early: Set[int]) -> None:
@@ -204,7 +204,7 @@ def pitome(depth: int, num_patches: int, ratio: float) -> Rival:
 class ImportanceScorer(AttentionScorer):
     """Class attention."""
 
-    name = "class attention"
+    name = "class_attention"
     published = True
 
 

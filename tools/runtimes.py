@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, gives_embeddings
-from dynamicvit.models.saved import config_text, data_config
+from dynamicvit.models.describe import data_config
+from dynamicvit.models.saved import config_text
 from dynamicvit.models.twins import twin
 from dynamicvit.tools.predict import METADATA, Runner, load_onnx
 from torch import Tensor, nn

@@ -39,17 +39,16 @@ from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.pruning import PLACES, TokenPruning
 from dynamicvit.models.twins import dense_twin, twin
+from dynamicvit.optim import AMP_DTYPES, pick_amp, precision_name
 from dynamicvit.options import (
     KEEP_RATE,
     NOT_NEGATIVE,
     POSITIVE,
-    RUNS,
     OneLineParser,
     add_model_flags,
-    load_trained_model,
     number,
 )
-from dynamicvit.recipe import AMP_DTYPES, pick_amp, precision_name
+from dynamicvit.runs.start import RUNS, load_trained_model
 from dynamicvit.runs.tables import Row
 from dynamicvit.tools.progress import say, track
 from dynamicvit.tools.rivals import RIVALS, make_rival, nearest

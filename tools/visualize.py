@@ -23,6 +23,7 @@ from dynamicvit.datasets import DATA_SETS, DataOptions, build_source, eval_trans
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import ModelSpec, gives_embeddings, pictures
 from dynamicvit.models.pruning import Trace
+from dynamicvit.runs import start
 from dynamicvit.tools.photos import find_photos, read_photos
 from dynamicvit.utils import log
 from PIL import Image
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", help="the model, by another name")
     options.add_model_flags(parser)
     add("--count", type=options.number(int, options.POSITIVE), default=16, help="images at most, of a folder or SHAPES")
-    add("--output", type=Path, default=options.RUNS / "pictures", help="folder")
+    add("--output", type=Path, default=start.RUNS / "pictures", help="folder")
     add("--all-stages", action="store_true", help="in the strips; else the first, the middle and the last")
     add("--gif", action="store_true", help="animate each image, too")
     return parser
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     args.resume = which_model(args)
-    model, trained, settings = options.load_trained_model(args)
+    model, trained, settings = start.load_trained_model(args)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = run_data(settings)
     classes = () if gives_embeddings(model.spec) else class_names(model.spec, data)

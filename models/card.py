@@ -1,0 +1,62 @@
+"""The model card that is published beside a model: README.md, with the header that the Hugging Face hub reads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models import get_pretrained_cfg
+
+from .spec import ModelSpec
+
+CARD_MARK = "<!-- Written by save_pretrained, anew each time; remove this line to keep your changes. -->"
+
+
+def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any]) -> str:
+    """What the model is, what it is based on, what was measured of it (notes), and how to use it.
+
+    name: the folder's or user/name, by which from_pretrained loads it. notes: see save_pretrained; of these
+    "license" goes into the header, in place of that of timm's weights.
+    """
+    base = get_pretrained_cfg(spec.arch, allow_unregistered=True)
+    notes = dict(notes)
+    licence = notes.pop("license", None) or (base and base.license)
+    header = {
+        "library_name": "dynamicvit",
+        "pipeline_tag": "image-classification" if spec.num_classes else "image-feature-extraction",
+        "base_model": base and base.hf_hub_id,
+        "license": licence,
+    }
+    lines = ["---", *(f"{key}: {value}" for key, value in header.items() if value), "tags:"]
+    lines += [f"- {tag}" for tag in ("vision-transformer", "dynamicvit", *(() if spec.dense else (spec.reducer,)))]
+    lines += ["---", CARD_MARK, "", f"# {name}", "", what_it_is(spec), ""]
+    if notes:
+        lines += ["| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in notes.items()), ""]
+    lines += [
+        "```python",
+        "import dynamicvit, timm.data",
+        f'model = dynamicvit.from_pretrained("{name}")',
+        "transform = timm.data.create_transform(**model.data_config)",
+        f"{'logits' if spec.num_classes else 'embedding'} = model(transform(image)[None])",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def what_it_is(spec: ModelSpec) -> str:
+    size = " x ".join(map(str, spec.img_size)) if isinstance(spec.img_size, tuple) else spec.img_size
+    outputs = f"{spec.num_classes} classes" if spec.num_classes else "embeddings"
+    dense = f"{spec.arch}, {size} px, {outputs}"
+    if spec.dense:
+        return f"{dense}."
+    blocks = ", ".join(map(str, spec.pruning_loc))
+    rates = ", ".join(f"{rate:.3g}" for rate in spec.keep_rates)
+    does = "merges patches with those most similar to them" if spec.reducer == "merge" else "drops patches"
+    return (
+        f"{dense}, made faster by DynamicViT: between its blocks it {does}, chosen image by image "
+        f"(scorer {spec.scorer}, reducer {spec.reducer}). Before blocks {blocks} it keeps these shares of all "
+        f"patches: {rates}."
+    )
+
+
+def cell(value: Any) -> str:
+    """For a table: on one line, without what ends a cell."""
+    return " ".join(str(value).replace("|", "/").split())

@@ -1,0 +1,125 @@
+"""The folder that tools.accelerate leaves: the model, the report, and a training that can be gone on with."""
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dynamicvit.datasets import IMAGENET_CLASSES
+from dynamicvit.errors import UserError
+from dynamicvit.models import CheckpointError, ModelSpec, save_pretrained
+from dynamicvit.runs.whole import temporary_path
+from dynamicvit.tools.accelerate_report import NUM_DIFFERENT, NUM_MERGED, Report, report_page
+from dynamicvit.tools.comparison import Comparison
+from dynamicvit.tools.splits import Decoded
+from dynamicvit.utils import log
+from torch import nn
+
+REPORT, PAGE, TRAINING = "report.json", "report.html", "training"
+
+
+class OutputFolder:
+    """Everything that is written; nothing where there is no folder."""
+
+    def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
+        """Checks it before any work; makes nothing yet. settings: those of an earlier run must be the same.
+
+        Raises UserError if nothing can be written there, or if it holds anything else.
+        """
+        if folder is not None and not str(folder):
+            raise UserError("the output's name is empty; give a new folder")
+        self.folder, self.earlier = None if folder is None else Path(folder), None
+        if self.folder is None:
+            return
+        folder = self.folder
+        if (folder / REPORT).is_file():
+            self.earlier = Report.read(folder / REPORT)
+            before = self.earlier.settings
+            if changed := [name for name in settings if before.get(name) != settings[name]]:
+                flags = ", ".join(f"{name.replace('_', '-')} {before.get(name)}" for name in changed)
+                raise UserError(f"{folder} holds the output of another command ({flags}); choose another output")
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds other files; choose a new folder for the output")
+        check_writable(folder)
+
+    @property
+    def training(self) -> Path | None:
+        return self.folder and self.folder / TRAINING
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        """Of the faster model that an earlier run has chosen."""
+        return ModelSpec.from_dict(self.earlier.model) if self.earlier and self.earlier.model else None
+
+    def write(self, report: Report) -> None:
+        """What is known so far. Makes the folder."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            report.write(self.folder / REPORT)
+
+    def finish(self, report: Report, fast: nn.Module, comparison: Comparison, images: Decoded) -> None:
+        """Writes the model first, then the report, and says what lies there."""
+        if self.folder is None:
+            return
+        self.save(fast, report, images.source.classes)
+        try:
+            report.write(self.folder / REPORT)
+            page = report_page(report, comparison, images, fast, self.folder.name)
+            (self.folder / PAGE).write_text(page, encoding="utf-8")
+        except OSError as error:
+            log(f"warning: the model is saved, but its report cannot be written ({error.strerror})")
+        self.say_what_is_there()
+
+    def save(self, fast: nn.Module, report: Report, classes: list[str]) -> None:
+        """On a full disk in the place of the training, which is not needed any more."""
+        unnamed = fast.spec.class_names is None and fast.spec.num_classes != IMAGENET_CLASSES
+        row = report.rows[report.saved]
+        notes = {name: value for name, value in row.items() if not name.startswith("images_per_s")}
+        notes |= {"speedup": next(iter(report.speedups.values()), None), "measured at": report.use}
+        names = (unnamed and classes) or None
+        try:
+            save_pretrained(fast, self.folder, names, accelerated=notes)
+        except CheckpointError:
+            if not self.training.is_dir():
+                raise
+            shutil.rmtree(self.training, ignore_errors=True)
+            log(f"warning: the disk is full; {self.training} was removed to save the model")
+            save_pretrained(fast, self.folder, names, accelerated=notes)
+
+    def say_what_is_there(self) -> None:
+        """Sizes, and what may be deleted or should not be published."""
+        sizes = {path.name: size_of(path) for path in self.folder.iterdir()}
+        model = sizes.get("model.safetensors", 0) + sizes.get("config.json", 0)
+        log(f"{self.folder}: model.safetensors and config.json ({megabytes(model)}) are the model")
+        log(
+            f"{self.folder / PAGE} ({megabytes(sizes.get(PAGE, 0))}) shows up to {NUM_MERGED + NUM_DIFFERENT} of the "
+            "photos: look before you publish it"
+        )
+        if TRAINING in sizes:
+            log(f"{self.training} ({megabytes(sizes[TRAINING])}) is for resuming alone: it may be deleted")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if nothing can be written there; leaves nothing behind."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_path(folder / "probe")  # the permission bits alone do not tell
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the output {folder} ({error.strerror})") from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def size_of(path: Path) -> int:
+    """Bytes, of a folder those of all files in it."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

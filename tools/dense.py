@@ -1,0 +1,151 @@
+"""The dense model that is to become faster: a user's own object, a saved folder, or a name with its weights."""
+
+import copy
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from dynamicvit.errors import UserError, advice
+from dynamicvit.models import (
+    ARCHS,
+    ModelSpec,
+    Preprocessing,
+    build_model,
+    describe,
+    find_weights,
+    from_pretrained,
+    load_weights,
+    read_checkpoint,
+)
+from dynamicvit.models.factory import image_size
+from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, published_weights, spec_of
+from dynamicvit.models.saved import check_values
+from dynamicvit.tools.splits import Images
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a user says of his own weights, where the model's name does not tell."""
+
+    weights: str | Path | None = None
+    input_size: int | None = None
+    class_names: str | Path | Sequence[str] | None = None  # or a file with one a line
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    crop_pct: float | None = None
+
+    def __post_init__(self) -> None:
+        if "" in (str(self.weights), str(self.class_names)):
+            raise UserError("the name of the weights or of the class names is empty")
+
+    def preprocessing(self, known: Preprocessing) -> Preprocessing:
+        given = {name: getattr(self, name) for name in ("mean", "std", "crop_pct")}
+        given = {name: value for name, value in given.items() if value is not None}
+        return replace(known, **{n: v if n == "crop_pct" else tuple(map(float, v)) for n, v in given.items()})
+
+    def names(self) -> tuple[str, ...] | None:
+        if self.class_names is None:
+            return None
+        if not isinstance(self.class_names, (str, Path)):
+            return tuple(self.class_names)
+        try:
+            lines = Path(self.class_names).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the class names in {self.class_names} ({error})") from error
+        return tuple(line.strip() for line in lines if line.strip())
+
+
+def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list[str]]:
+    """The dense model with its weights, and notes on what was adapted or assumed. A user's object is copied."""
+    if isinstance(model, nn.Module) or not is_name(str(model)):
+        if own.weights or own.input_size:
+            raise UserError("the model comes with its weights and its size: they belong to a model's name alone")
+        module = model if isinstance(model, nn.Module) else from_pretrained(model)
+        dense, notes = as_dense(module), []
+    else:
+        dense, notes = build_by_name(str(model), own)
+    spec = replace(dense.spec, preprocessing=own.preprocessing(dense.spec.preprocessing))
+    dense.spec = replace(spec, class_names=own.names() or spec.class_names)
+    check_values(dense.spec)
+    return dense, [*notes, *assumed(dense.spec, own)]
+
+
+def as_dense(model: nn.Module) -> nn.Module:
+    """A copy that may be changed; of a dynamic model its backbone."""
+    spec = describe(model)
+    if not spec.dense:
+        dense = build_model(spec.as_dense())
+        load_weights(dense, backbone_part(model.state_dict()))
+        return dense
+    dense = copy.deepcopy(model)
+    dense.spec = spec
+    return dense
+
+
+def build_by_name(name: str, own: Own) -> tuple[nn.Module, list[str]]:
+    check_name(name)
+    content = read_checkpoint(own.weights) if own.weights else None
+    spec = spec_by_name(name, content, own.input_size)
+    weights, notes = dense_weights(spec, content)
+    dense = build_model(spec)
+    return dense, [*notes, *load_weights(dense, weights)]
+
+
+def is_name(model: str) -> bool:
+    """Of an architecture, and not a folder, a file or user/name on the Hugging Face hub."""
+    return model in ARCHS or timm.is_model(model) or not (Path(model).exists() or "/" in model)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name that is nobody's, with those that are like it."""
+    known = timm.list_models(pretrained=True) if "." in name else timm.list_models()
+    if name in ARCHS or name in known or (timm.is_model(name) and "." not in name):
+        return
+    near = difflib.get_close_matches(name, [*ARCHS, *known], n=3, cutoff=0.6)
+    hint = f"; did you mean {', '.join(near)}?" if near else "; timm's names: timm.list_models('vit*')"
+    raise UserError(f"no model is called {name}{hint}")
+
+
+def spec_by_name(name: str, content: dict[str, Any] | None, input_size: int | None) -> ModelSpec:
+    """The dense model of this name, as described in the weights file if it has a description."""
+    described = spec_of(content) if content else None
+    spec = described if described is not None and described.arch == name else ModelSpec(name)
+    num_classes = num_classes_of(find_weights(content)) if content else spec.num_classes
+    size = input_size or spec.img_size
+    return replace(spec, dense=True, num_classes=num_classes, img_size=size, pruning_loc=None, keep_rates=None)
+
+
+def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> tuple[StateDict, list[str]]:
+    """From the file, or the published ones; with notes. Raises CheckpointError if they cannot be had."""
+    if content is None:
+        with advice("or give --weights FILE"):
+            return published_weights(spec.arch), []
+    weights = find_weights(content)
+    backbone = backbone_part(weights)
+    left_out = len(backbone) < len(weights)
+    return backbone, ["the predictors in the weights are left out: tokens are ranked without them"] * left_out
+
+
+def assumed(spec: ModelSpec, own: Own) -> list[str]:
+    """How images are prepared, where nobody has said it."""
+    if own.weights is None or None not in (own.mean, own.std, own.crop_pct):
+        return []
+    how, size = spec.preprocessing, image_size(spec)
+    mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (how.mean, how.std))
+    return [
+        f"assumed of the weights: images of {size} pixels, the centre {how.crop_pct:.3f} of them, mean {mean}, "
+        f"std {std} (--input-size, --crop-pct, --mean and --std say otherwise)"
+    ]
+
+
+def label(value: nn.Module | str | Path | Images | None) -> str | None:
+    """A name for a report: of files and folders the last part alone, as the report may be published."""
+    if value is None:
+        return None
+    if isinstance(value, (str, Path)):
+        return Path(value).resolve().name if Path(value).exists() else str(value)
+    return f"{len(value)} files" if isinstance(value, (list, tuple)) else type(value).__name__
