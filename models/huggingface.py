@@ -186,9 +186,10 @@ class Pass:
         """Restored states into an answer: some versions of transformers record them inside the layers."""
         found = getattr(output, "hidden_states", None)
         if found and len(found) == len(self.states) + 1:
-            between = zip(found[1:-1], self.states, strict=False)
-            restored = [None if state is None else ours for state, ours in between]
-            output["hidden_states"] = (found[0], *restored, found[-1])
+            states = [None if state is None else ours for state, ours in zip(found[1:], self.states, strict=True)]
+            if found[-1] is output.get("last_hidden_state"):  # the normed one
+                states[-1] = found[-1]
+            output["hidden_states"], self.states = (found[0], *states), []  # whoever calls hands these on
 
     def observe(self, number: int, queries: Tensor, keys: Tensor, scale: float) -> None:
         model = self.model
