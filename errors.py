@@ -119,7 +119,7 @@ def for_the_user(error: Exception) -> Exception | None:
 def print_error(error: Exception) -> None:
     """One line on stderr; from one process only, where several meet the same error."""
     # a loader process's error comes with its traceback before it
-    message = (str(error).splitlines() or [type(error).__name__])[-1].removeprefix("errors.ImageError: ")
+    message = (str(error).splitlines() or [type(error).__name__])[-1].removeprefix("dynamicvit.errors.ImageError: ")
     with say_once(message) as chosen:
         if chosen or isinstance(error, LocalError):
             print(f"error: {message}", file=sys.stderr, flush=True)

@@ -180,7 +180,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     command: ClassVar[str] = ""  # in place of every prog, where commands go by another name (dynamicvit train)
 
-    def __init__(self, prog: str, **kwargs: Any) -> None:
+    def __init__(self, prog: str | None = None, **kwargs: Any) -> None:
         super().__init__(prog=self.command or prog, formatter_class=DefaultsHelp, allow_abbrev=False, **kwargs)
         self.groups: dict[str, Any] = {}
         self.exclusions: list[tuple[Sequence[str], str]] = []

@@ -68,6 +68,8 @@ def choose_attention(vit: nn.Module, images: Tensor) -> None:
     coarse = vit.training and matmul_dtype(images) == torch.float16
     pooling = [vit.attn_pool] if vit.global_pool == "map" else []
     for attention in [*chain.from_iterable(attentions(block) for block in vit.blocks), *pooling]:
+        if not hasattr(attention, "fused_attn"):
+            continue  # somebody's own
         # Compiled code must not read what it is about to write, or it would be compiled again for the next call.
         if not torch.compiler.is_compiling() and attention.fused_attn != getattr(attention, "fused_as_set", None):
             attention.may_fuse = attention.fused_attn  # not set here: by timm, or by the user

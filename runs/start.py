@@ -334,7 +334,7 @@ def choose_class_names(
     """What to save with the model: its own names, unless it is dense and trains; else those of its labelled data."""
     if evaluating or (spec.class_names is not None and not spec.dense):
         return spec.class_names
-    learned = len(classes) == num_classes and all(name.isprintable() for name in classes)
+    learned = 0 < len(classes) == num_classes and all(name.isprintable() for name in classes)
     return tuple(classes) if learned else None
 
 

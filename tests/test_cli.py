@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -372,7 +373,7 @@ def test_run_in_which_nothing_is_learned(
 ) -> None:
     """Every loss is not a number: no epoch goes into the log, and nothing is taken for a result."""
     content = read_checkpoint(dense_run / "checkpoint_best.pth")
-    content["model"]["head.bias"][0] = math.nan
+    content["model"]["head.weight"].fill_(3e38)  # a number, but what it gives is none
     torch.save({"model": content["model"], "spec": content["spec"]}, tmp_path / "damaged.pth")
     damaged = ["--pretrained", tmp_path / "damaged.pth", "--data-path", image_folder]
     run = [*TINY_RUN, *damaged, "--dense", "--output-dir", tmp_path / "run"]
@@ -560,7 +561,10 @@ class TestLaunching:
     def test_missing_processes_are_named(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
         monkeypatch.setattr(utils, "WARN_SECONDS", 1)
         monkeypatch.setattr(utils, "START_SECONDS", 2)
-        for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(utils.LaunchError, match="rank 1, 2 of the 3 processes has not started within 2 s"):
             utils.init_distributed(torch.device("cpu"))

@@ -109,7 +109,7 @@ def test_answers_that_are_no_numbers(
         (["empty"], "no images in"),
         ([""], "empty name"),
         (["photos", "--json", "none/a.json"], "none/a.json"),
-        (["photos", "--csv", "photos"], "is a folder"),
+        (["photos", "--csv", "photos"], "it is not a file"),
         (["photos", "--json", "a", "--csv", "a"], "a file each"),
     ],
 )

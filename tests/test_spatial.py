@@ -467,7 +467,8 @@ def test_the_command_trains(arch: str, tmp_path: Path) -> None:
     sizes = "--embed-dim 16 --depths 1 1 4 1 --num-classes 9 --input-size 32".split()
     sizes += "--num-heads 1 2 4 8 --window-size 2".split() if arch == "swin_t" else []
     common = [*"--data-set SHAPES --device cpu --amp off --num-workers 0 --batch-size 250".split()]
-    common += "--epochs 1 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0 --print-freq 4 --repeated-aug".split()
+    common += "--epochs 1 --warmup-epochs 0 --frozen-epochs 1 --aa none --mixup 0 --cutmix 0".split()
+    common += "--print-freq 4 --repeated-aug".split()
     dense = run_main("--arch", arch, *sizes, *common, "--dense", "--output-dir", tmp_path / "dense")
     assert dense.returncode == 0, dense.stderr
     options = ["--distill", "--dist-eval", "--pretrained", tmp_path / "dense" / "checkpoint_last.pth"]

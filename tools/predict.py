@@ -26,7 +26,7 @@ from dynamicvit.models import ModelSpec, from_pretrained, gives_embeddings
 from dynamicvit.models.describe import data_config
 from dynamicvit.models.saved import first_line, parse_config
 from dynamicvit.options import OneLineParser
-from dynamicvit.runs.whole import temporary_path
+from dynamicvit.runs.whole import check_writable, whole_file
 from timm.data import create_transform
 from torch import Tensor
 
@@ -96,10 +96,7 @@ class Answers:
 
     def __post_init__(self) -> None:
         for path in self.files:
-            if path.is_dir():
-                raise UserError(f"{path} is a folder; give a file for the answers")
-            temporary_path(path).touch()
-            temporary_path(path).unlink()
+            check_writable(path)
 
     def add(self, photo: str, output: Tensor, names: Sequence[str] | None) -> None:
         """output: (classes,) logits; or an embedding, if there are no names."""
@@ -123,8 +120,8 @@ class Answers:
 
     def write(self) -> None:
         for path, text_of in self.files.items():
-            temporary_path(path).write_text(text_of(self.records), encoding="utf-8", errors="surrogateescape")
-            temporary_path(path).replace(path)
+            with whole_file(path) as temporary:
+                temporary.write_text(text_of(self.records), encoding="utf-8", errors="surrogateescape")
 
 
 def as_json(records: list[dict[str, Any]]) -> str:

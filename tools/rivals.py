@@ -215,7 +215,7 @@ class PruneAndMerge(Reducer):
     pruned: by the numbers of tokens that come in and that are kept, how many are left between dropping and merging.
     """
 
-    name = "prune and merge"
+    name = "prune_and_merge"
     merges = True
 
     def __init__(self, pruned: Mapping[tuple[int, int], int]) -> None:
