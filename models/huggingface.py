@@ -131,19 +131,18 @@ class Pass:
     attended: bool = False  # whether the layer that runs has called our attention function
     keep_decisions: list[Tensor] = field(default_factory=list)  # of masked training, as in TokenPruning.forward
     features: Tensor | None = None  # (B, P+N, C) last_hidden_state
+    states: list[Tensor] = field(default_factory=list)  # restored, behind each layer, if they are wanted
 
     def start(self, x: Tensor) -> None:
         """x: (B, P+N, C), the tokens before the first layer."""
         model = self.model
-        if model.training and torch.is_grad_enabled() and is_checkpointing(model):
-            raise ValueError("no gradient checkpointing with stages: model.gradient_checkpointing_disable()")
         if model.restore not in RESTORE:
             raise ValueError(f"restore is {', '.join(RESTORE)}; got {model.restore!r}")
         unread = model.reads_class_token_alone and self.callers[:1] == [model]
         unread = unread and not self.wants_states and not model.all_outputs
         restorer = None if unread or model.restore == "none" else Restorer(model.restore)
         self.forward = Forward([], head_alone=False, restorer=restorer)
-        self.tokens, self.keep_decisions, self.attention = Tokens(x), [], None
+        self.tokens, self.keep_decisions, self.attention, self.states = Tokens(x), [], None, []
 
     def enter(self, number: int, x: Tensor) -> Tensor:
         """(B, P+K, C) tokens -> those that the layer is to take."""
@@ -177,8 +176,20 @@ class Pass:
             raise ValueError("this version of transformers does not take attention functions: install a newer one")
         self.tokens.x = x
         is_last = number == self.model.num_layers - 1
-        restorer = self.forward.restorer
-        return restorer(x, self.model.num_prefix_tokens) if restorer and (is_last or self.wants_states) else x
+        if self.forward.restorer and (is_last or self.wants_states):
+            x = self.forward.restorer(x, self.model.num_prefix_tokens)
+        if self.wants_states:
+            self.states.append(x)
+        return x
+
+    def put_states(self, output: Any) -> None:
+        """Restored states into an answer: some versions of transformers record them inside the layers."""
+        found = getattr(output, "hidden_states", None)
+        if found and len(found) == len(self.states) + 1:
+            states = [None if state is None else ours for state, ours in zip(found[1:], self.states, strict=True)]
+            if found[-1] is output.get("last_hidden_state"):  # the normed one
+                states[-1] = found[-1]
+            output["hidden_states"], self.states = (found[0], *states), []  # whoever calls hands these on
 
     def observe(self, number: int, queries: Tensor, keys: Tensor, scale: float) -> None:
         model = self.model
@@ -338,6 +349,8 @@ class DynamicVision(Dynamic):
             _passes.layer = None
         run.callers.append(caller)
         use_our_attention(run.model)
+        if run.model.training and torch.is_grad_enabled() and is_checkpointing(run.model):
+            raise ValueError("no gradient checkpointing with stages: model.gradient_checkpointing_disable()")
         wants = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
         config = getattr(caller, "config", None)
         wants = {name: getattr(config, name, False) if value is None else value for name, value in wants.items()}
@@ -351,8 +364,9 @@ class DynamicVision(Dynamic):
         if run is None or not run.callers or run.callers[-1] is not caller:
             return None
         run.callers.pop()
-        if output is not None and hasattr(caller, "embeddings"):
-            run.features = output[0]
+        if output is not None:
+            run.put_states(output)
+            run.features = output[0] if hasattr(caller, "embeddings") else run.features
         if run.callers:
             return None
         _passes.current = _passes.layer = None

@@ -73,9 +73,10 @@ def from_pretrained(
     model, or user/name on the Hugging Face hub (then revision: a branch, tag or commit there). moving_average: see
     load_weights. The model has data_config, what timm.data.create_transform takes for its preprocessing; class_names
     (None if they were not saved); and notes, what was adapted or chosen, which are logged as well.
+    A folder of a dynamic transformers model is loaded by transformers, in the precision that it was saved in.
     Raises CheckpointError for anything missing or not fitting.
     """
-    if str(source) and huggingface.is_saved_by_transformers(Path(source)):
+    if str(source) and huggingface.is_saved_by_transformers(source):
         return load_transformers(Path(source))
     content = read_checkpoint(source, revision)
     spec = spec_of(content)
@@ -100,8 +101,9 @@ def load_transformers(folder: Path) -> nn.Module:
     try:
         make_dynamic(model, **stages)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its config.json has stages that cannot be ({first_line(error)})") from error
+        raise CheckpointError(f"{folder}: its config has stages that cannot be ({first_line(error)})") from error
     huggingface.load_predictors(model, folder)
+    model.notes = ()
     return model
 
 

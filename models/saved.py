@@ -86,8 +86,8 @@ def save_pretrained(
     model was made and what it does (recipe="...", accuracy=...), kept for the reader. What was written is read
     back before it gets its name; a folder that could not be written to its end is refused by from_pretrained.
     A README.md that somebody else wrote is left as it is. Raises ModelError if the model could not be built again
-    from its description, or nothing can be written. A transformers model is written by its own save_pretrained,
-    with the stages in its config.
+    from its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
+    the stages in its config.
     """
     if isinstance(model, huggingface.PreTrainedVisionModel):
         huggingface.save(model, folder, class_names, notes)
