@@ -1,6 +1,6 @@
 """The values that training follows, as recipes: the papers' and our own. What is done with them: optim.py."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from dynamicvit.options import (
     setting,
     up_to,
 )
-from dynamicvit.utils import get_world_size
+from dynamicvit.utils import get_world_size, log
 
 PRECISIONS = ("auto", "bf16", "fp16", "off")
 RUN, RECIPE, SCHEDULE, OPTIMIZER, LOSS, MIXING = "run", "recipe", "schedule", "optimizer", "loss", "augmentation"
@@ -118,8 +118,9 @@ class Recipe:
         """Epochs in which a dynamic model's backbone does not learn."""
         return self.warmup_epochs if self.frozen_epochs is None else self.frozen_epochs
 
-    def check(self, dense: bool) -> None:
-        """Raises UserError for values that do not go together. dense: what is trained is a plain backbone."""
+    def check(self, dense: bool, given: Collection[str]) -> None:
+        """Raises UserError for values that do not go together. dense: what is trained is a plain backbone. given: the
+        values that the user has set; where those of a recipe are too long for a short run, that is said."""
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise UserError(
                 f"mixup pairs images: --batch-size must be even, got {self.batch_size} (or --mixup 0 --cutmix 0)"
@@ -130,13 +131,17 @@ class Recipe:
                 "add --distill"
             )
         if (dense or self.schedule == "steps") and self.warmup_epochs > self.epochs:
-            raise UserError(self.too_long("warm-up", "--warmup-epochs", self.warmup_epochs))
+            self.say_too_long("warm-up", "warmup_epochs", self.warmup_epochs, given)
         if not dense and self.epochs_frozen > self.epochs:
-            flag = "--warmup-epochs" if self.frozen_epochs is None else "--frozen-epochs"
-            raise UserError(self.too_long("time with the backbone frozen", flag, self.epochs_frozen))
+            name = "warmup_epochs" if self.frozen_epochs is None else "frozen_epochs"
+            self.say_too_long("time with the backbone frozen", name, self.epochs_frozen, given)
 
-    def too_long(self, what: str, flag: str, epochs: float) -> str:
-        return f"a {what} of {epochs:g} epochs ({flag}) is longer than the run of {self.epochs}; give a lower {flag}"
+    def say_too_long(self, what: str, name: str, epochs: float, given: Collection[str]) -> None:
+        flag = f"--{name.replace('_', '-')}"
+        text = f"a {what} of {epochs:g} epochs ({flag}) is longer than the run of {self.epochs}; give a lower {flag}"
+        if name in given:
+            raise UserError(text)
+        log(f"warning: {text}")
 
 
 @dataclass(frozen=True)

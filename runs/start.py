@@ -183,7 +183,7 @@ def find_start(flags: Flags) -> Start:
     spec = describe(flags.model, base, earlier is not None, evaluating)
     recipe, augmentation = choose_recipe(flags.training, spec)
     if not evaluating:
-        recipe.check(spec.dense)
+        recipe.check(spec.dense, flags.training)
     labelled = recipe.cls_weight > 0 and not evaluating
     weights = read_weights(flags.model.pretrained, spec, content, earlier is not None, evaluating, recipe.distill)
     kept = find_weights(earlier) if earlier else weights if evaluating or not flags.model.dense else None

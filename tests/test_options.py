@@ -1,5 +1,7 @@
 """Flags: what is refused in one line, and that each one reaches the part that it is for."""
 
+import contextlib
+import io
 import math
 import re
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ def chosen(*flags: str, spec: ModelSpec = ModelSpec()) -> tuple[Recipe, Augmenta
 def message(*flags: str) -> str:
     """Of the error that the flags end in: one line."""
     with pytest.raises(UserError) as caught:
-        chosen(*flags)[0].check(dense=False)
+        chosen(*flags)[0].check(dense=False, given=start.read_flags(start.parse_args(list(flags))).training)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -142,15 +144,20 @@ def test_numbers_that_would_take_all_memory(flags: str) -> None:
 def longer(*flags: str, **spec) -> str:
     """What is said of a warm-up or of frozen epochs, "" where nothing is."""
     recipe, _ = chosen(*flags, "--distill", spec=ModelSpec(**spec))
-    try:
-        recipe.check(dense=spec.get("dense", False))
-        return ""
-    except UserError as error:
-        return str(error)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            recipe.check(spec.get("dense", False), start.read_flags(start.parse_args(list(flags))).training)
+        except UserError as error:
+            return str(error)
+    return said.getvalue()
 
 
 def test_epochs_longer_than_the_run() -> None:
     """Refused, whether given or a recipe's; what the model's schedule has no use for is not looked at."""
+    # a recipe's own values are a warning in a short run, the user's are refused
+    assert longer("--epochs", "2").startswith("warning: ")
+    assert longer("--epochs", "2", "--warmup-epochs", "4").startswith("a time with the backbone frozen of 4 epochs")
     assert "--warmup-epochs" in longer("--epochs", "2") and "frozen of 5 epochs" in longer("--epochs", "2")
     assert "--frozen-epochs" in longer("--epochs", "2", "--frozen-epochs", "3")
     assert not longer("--epochs", "2", "--frozen-epochs", "2")  # the predictors alone learn, which the log says

@@ -371,7 +371,7 @@ def test_a_fourth_recipe_is_one_entry(mine: None) -> None:
     chosen = parse("--recipe", "mine", "--amp", "off", "--clip-grad", "3")
     assert chosen == replace(MINE.recipe, amp="off", clip_grad=3.0, token_weight=0.25)
     assert parse("--recipe", "mine", spec=ModelSpec("swin_t")).token_weight == 1
-    chosen.check(dense=False)
+    chosen.check(dense=False, given=())
 
     teacher = Teacher(build("deit_small", dense=True))
     model = build("deit_small")
