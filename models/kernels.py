@@ -60,7 +60,7 @@ def distinct_scores(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
 
     (B, N) importance, (B, P+N, C) tokens -> (B, N), float32.
     """
-    return _distinct_scores(importance.detach(), x.detach(), num_prefix)
+    return _distinct_scores(importance.detach(), x.detach(), num_prefix, coarse(x))
 
 
 def merge(
@@ -75,10 +75,16 @@ def merge(
     """
     size = size.float()
     weights = size if weights is None else weights.float()
-    merged, kept, merged_size, place = _merge(x, scores.detach(), size, weights, num_keep, num_prefix)
+    merged, kept, merged_size, place = _merge(x, scores.detach(), size, weights, num_keep, num_prefix, coarse(x))
     if not size.requires_grad:  # or attention would compute the gradient of its size bias for nobody
         merged_size = merged_size.detach()
     return merged, kept, merged_size, place
+
+
+def coarse(x: Tensor) -> bool:
+    """Whether similarities may be products with 10 bits, on tensor cores, as under autocast, where tokens are float32
+    but all around them is computed with 8. Asked outside of the operators: compiled code runs without autocast."""
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 class Tile(NamedTuple):
@@ -146,7 +152,7 @@ def _(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tens
 
 
 @torch.library.custom_op("dynamicvit::distinct_scores", mutates_args=())
-def _distinct_scores(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
+def _distinct_scores(importance: Tensor, x: Tensor, num_prefix: int, coarse: bool) -> Tensor:
     x = with_whole_rows(x)
     importance = importance.float().contiguous()
     scores = torch.empty_like(importance)
@@ -155,32 +161,32 @@ def _distinct_scores(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
         tile = FLOAT32_TILE if x.dtype == torch.float32 else SCORE_TILE
         _score_kernel[(x.shape[0] * triton.cdiv(scores.shape[1], tile.rows),)](
             *(x, inverse_norm, importance, scores, x.stride(0), x.stride(1), scores.shape[1]),
-            **products(x, num_prefix, tile),
+            **products(x, num_prefix, tile, coarse),
         )
     return scores
 
 
 @_distinct_scores.register_fake
-def _(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
+def _(importance: Tensor, x: Tensor, num_prefix: int, coarse: bool) -> Tensor:
     return importance.new_empty(importance.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("dynamicvit::merge", mutates_args=())
 def _merge(
-    x: Tensor, scores: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int
+    x: Tensor, scores: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int, coarse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = with_whole_rows(x)
     with torch.cuda.device_of(x):
         kept, others, place = rank(scores.contiguous(), num_keep)
         if others.shape[1] > 0:
-            join(x, kept, others, place, num_prefix)
+            join(x, kept, others, place, num_prefix, coarse)
         merged, merged_size = average(x, place, size.contiguous(), weights.contiguous(), num_keep, num_prefix)
     return merged, kept, merged_size, place
 
 
 @_merge.register_fake
 def _(
-    x: Tensor, scores: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int
+    x: Tensor, scores: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int, coarse: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_tokens = scores.shape
     return (
@@ -204,13 +210,13 @@ def rank(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
     return kept, others, place
 
 
-def join(x: Tensor, kept: Tensor, others: Tensor, place: Tensor, num_prefix: int) -> None:
+def join(x: Tensor, kept: Tensor, others: Tensor, place: Tensor, num_prefix: int, coarse: bool = False) -> None:
     """Sets the place of each of the (B, N-K) others to the number of the kept one that is most like it."""
     inverse_norm = inverse_norms(x, num_prefix)
     tile = FLOAT32_TILE if x.dtype == torch.float32 else JOIN_TILE
     _join_kernel[(x.shape[0] * triton.cdiv(others.shape[1], tile.rows),)](
         *(x, inverse_norm, kept, others, place, x.stride(0), x.stride(1), place.shape[1], kept.shape[1]),
-        **products(x, num_prefix, tile),
+        **products(x, num_prefix, tile, coarse),
     )
 
 
@@ -246,12 +252,12 @@ def inverse_norms(x: Tensor, num_prefix: int) -> Tensor:
     return inverse_norm
 
 
-def products(x: Tensor, num_prefix: int, tile: Tile) -> dict[str, Any]:
-    """The constants of a kernel that multiplies tiles of x."""
+def products(x: Tensor, num_prefix: int, tile: Tile, coarse: bool = False) -> dict[str, Any]:
+    """The constants of a kernel that multiplies tiles of x; coarse: see there."""
     return {
         "C": x.shape[2],
         "P": num_prefix,
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",  # says nothing about 16-bit numbers
+        "PRECISION": "ieee" if x.dtype == torch.float32 and not coarse else "tf32",  # nothing to 16-bit numbers
         "WIDEN": INTERPRETED,  # the interpreter multiplies bfloat16 as if it were integers
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
@@ -267,7 +273,7 @@ def with_whole_rows(x: Tensor) -> Tensor:
 
 
 def _save_for_merge_gradients(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    x, _, _, weights, _, ctx.num_prefix = inputs
+    x, _, _, weights, _, ctx.num_prefix, _ = inputs
     merged, _, _, place = output
     ctx.save_for_backward(weights, place, *((x, merged) if ctx.needs_input_grad[3] else ()))
 
@@ -291,7 +297,7 @@ def _merge_gradients(
         x, merged = tokens
         beyond = x.float() - merged.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, -1)).float()
         grad_weights = (grads.float() * beyond).sum(dim=-1)[:, num_prefix:] / total
-    return grads * shares[..., None], None, grad_merged_size.gather(1, place), grad_weights, None, None
+    return grads * shares[..., None], None, grad_merged_size.gather(1, place), grad_weights, None, None, None
 
 
 _merge.register_autograd(_merge_gradients, setup_context=_save_for_merge_gradients)

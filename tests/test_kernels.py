@@ -337,8 +337,8 @@ def test_operators_are_what_torch_expects_of_them() -> None:
     weights = size.clone().requires_grad_()
     for operator, args in (
         (torch.ops.dynamicvit.class_attention, (query, keys, 0.25, 1, None)),
-        (torch.ops.dynamicvit.distinct_scores, (size, x, 1)),
-        (torch.ops.dynamicvit.merge, (x.clone().requires_grad_(), size, size, weights, 9, 1)),
+        (torch.ops.dynamicvit.distinct_scores, (size, x, 1, False)),
+        (torch.ops.dynamicvit.merge, (x.clone().requires_grad_(), size, size, weights, 9, 1, False)),
     ):
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # the other one compiles
         torch.library.opcheck(operator, args, test_utils=checks)
