@@ -11,6 +11,7 @@ from dynamicvit.datasets import IGNORED_LABEL
 from dynamicvit.errors import UserError
 from dynamicvit.losses import cosine_distance, kl_divergence
 from dynamicvit.models import gives_embeddings
+from dynamicvit.models.features import FeatureExtractor
 from dynamicvit.optim import Trainer, set_rates
 from dynamicvit.runs.clocks import Eta
 from dynamicvit.utils import derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
@@ -137,22 +138,26 @@ def evaluate(
 
     - loss, top1 and top5 (in percent), where there are labels;
     - with a dense model to compare with: agreement (percent of equal top-1 answers) and kl (dense || model),
-      or for a model without a classifier the cosine of the two embeddings.
+      or for a model without a classifier the cosine of the two embeddings; for a FeatureExtractor beside another
+      the mean cosine over all tokens.
 
     sharded: each process's loader holds its own part of the images, so sums are added up.
     Raises NotFinite where answers are not, as every figure would be wrong.
     """
     broadcast_buffers(model)
     model.eval()
+    gives_features = isinstance(model, FeatureExtractor)
+    embeddings = gives_features or gives_embeddings(model.spec)
     totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     for images, labels in loader:
         labels, images = labels.to(device, non_blocking=True), batch_transform(images)
         with autocast(device, amp_dtype):
-            logits = model(images).float()
-            dense_logits = None if dense is None else dense(images).float()
-        totals += batch_sums(logits, labels, dense_logits)
+            outputs = model(images).float()
+            dense_outputs = None if dense is None else dense(images).float()
+        sums_of = feature_sums if gives_features else batch_sums
+        totals += sums_of(outputs, labels, dense_outputs)
     sums = dict(zip(SUMS, (sum_over_processes(totals) if sharded else totals).tolist(), strict=True))
-    return means_over_images(sums, with_dense=dense is not None, embeddings=gives_embeddings(model.spec))
+    return means_over_images(sums, with_dense=dense is not None, embeddings=embeddings)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -181,9 +186,18 @@ def batch_sums(logits: Tensor, labels: Tensor, dense_logits: Tensor | None) -> T
     return torch.stack([value.double() for value in sums])
 
 
-def count_not_finite(logits: Tensor) -> Tensor:
-    """Number of images, of (B, classes) logits."""
-    return (~logits.isfinite()).any(dim=1).sum()
+def feature_sums(features: Tensor, labels: Tensor, dense_features: Tensor) -> Tensor:
+    """As batch_sums, of (B, T, C) features, which have only these in common with logits."""
+    sums = {"images": torch.tensor(len(features), device=features.device)}
+    sums["not_finite"], sums["dense_not_finite"] = count_not_finite(features), count_not_finite(dense_features)
+    sums["cosine"] = (1 - cosine_distance(features, dense_features)).mean(dim=1).sum()
+    none = torch.zeros((), device=features.device)
+    return torch.stack([sums.get(name, none).double() for name in SUMS])
+
+
+def count_not_finite(outputs: Tensor) -> Tensor:
+    """Number of images, of (B, classes) logits or (B, T, C) features."""
+    return (~outputs.isfinite()).flatten(1).any(dim=1).sum()
 
 
 def means_over_images(sums: dict[str, float], with_dense: bool, embeddings: bool) -> dict[str, float]:
@@ -212,7 +226,9 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model itself, whatever it is trained by."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return model.model if isinstance(model, FeatureExtractor) else model
 
 
 class RunningMeans:

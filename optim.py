@@ -9,8 +9,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from dynamicvit.datasets import Augmentation, BatchTransform
-from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss, LabelLoss
+from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss, FeatureLoss, LabelLoss
 from dynamicvit.models import Teacher, gives_embeddings
+from dynamicvit.models.features import FeatureExtractor, FeatureTeacher
 from dynamicvit.models.pretrained import is_new
 from dynamicvit.recipe import Recipe
 from timm.data import Mixup
@@ -58,8 +59,12 @@ def build_trainer(
     augmentation: Augmentation,
     steps_per_epoch: int,
     print_freq: int = 50,
+    features: bool = False,
 ) -> Trainer:
-    """model: dense or dynamic, on the device. Compiles it and wraps it for several processes, where asked for."""
+    """model: dense or dynamic, on the device. Compiles it and wraps it for several processes, where asked for.
+
+    features: it learns the teacher's features and nothing else, whatever the recipe says of losses.
+    """
     amp_dtype, preprocessing = pick_amp(recipe.amp, device), model.spec.preprocessing
     if not model.spec.dense:
         model.set_distilled_training(True)  # what the losses need, where others want logits
@@ -67,12 +72,16 @@ def build_trainer(
     groups = param_groups(model, recipe.weight_decay, recipe.decay_new_biases)
     ema = MovingAverage(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
     scaler = build_scaler(device, amp_dtype)
-    criterion = build_criterion(recipe, model, teacher, mixed_labels=mixup is not None).to(device)
+    schedule = partial(learning_rates, recipe, model.spec.dense, steps_per_epoch)
+    if features:
+        criterion = FeatureLoss(FeatureTeacher(teacher.vit))
+        model = FeatureExtractor(model)
+    else:
+        criterion = build_criterion(recipe, model, teacher, mixed_labels=mixup is not None).to(device)
     if recipe.compile:
         for module in (model, teacher):
             if module is not None:
                 module.compile()
-    schedule = partial(learning_rates, recipe, model.spec.dense, steps_per_epoch)
     if dist.is_initialized():
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     return Trainer(

@@ -18,24 +18,30 @@ def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any]) -> str:
     """
     base = get_pretrained_cfg(spec.arch, allow_unregistered=True)
     notes = dict(notes)
+    features = notes.get("purpose") == "features"
     licence = notes.pop("license", None) or (base and base.license)
     header = {
         "library_name": "dynamicvit",
-        "pipeline_tag": "image-classification" if spec.num_classes else "image-feature-extraction",
+        "pipeline_tag": "image-classification" if spec.num_classes and not features else "image-feature-extraction",
         "base_model": base and base.hf_hub_id,
         "license": licence,
     }
     lines = ["---", *(f"{key}: {value}" for key, value in header.items() if value), "tags:"]
     lines += [f"- {tag}" for tag in ("vision-transformer", "dynamicvit", *(() if spec.dense else (spec.reducer,)))]
     lines += ["---", CARD_MARK, "", f"# {name}", "", what_it_is(spec), ""]
+    if features:
+        lines += ["It is for features, one for every patch; its own predictions were not looked at.", ""]
     if notes:
         lines += ["| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in notes.items()), ""]
+    result, call = ("logits" if spec.num_classes else "embedding"), "model"
+    if features:
+        result, call = "tokens", "model.forward_features"
     lines += [
         "```python",
         "import dynamicvit, timm.data",
         f'model = dynamicvit.from_pretrained("{name}")',
         "transform = timm.data.create_transform(**model.data_config)",
-        f"{'logits' if spec.num_classes else 'embedding'} = model(transform(image)[None])",
+        f"{result} = {call}(transform(image)[None])",
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -49,7 +55,7 @@ def what_it_is(spec: ModelSpec) -> str:
         return f"{dense}."
     blocks = ", ".join(map(str, spec.pruning_loc))
     rates = ", ".join(f"{rate:.3g}" for rate in spec.keep_rates)
-    does = "merges patches with those most similar to them" if spec.reducer == "merge" else "drops patches"
+    does = "merges patches with those most similar to them" if spec.reducer.startswith("merge") else "drops patches"
     return (
         f"{dense}, made faster by DynamicViT: between its blocks it {does}, chosen image by image "
         f"(scorer {spec.scorer}, reducer {spec.reducer}). Before blocks {blocks} it keeps these shares of all "

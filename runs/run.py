@@ -11,6 +11,7 @@ from dynamicvit.datasets import BatchTransform, fingerprint
 from dynamicvit.engine import Diverged, NotFinite, RunningMeans, evaluate, train_one_epoch, unwrap
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, Teacher, load_weights
+from dynamicvit.models.features import FeatureExtractor
 from dynamicvit.models.pretrained import BEST, LAST
 from dynamicvit.optim import Trainer
 from dynamicvit.runs.checkpoints import Place, Progress, RunState
@@ -170,6 +171,8 @@ class Run:
         return record
 
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None) -> Record:
+        if isinstance(self.trainer.model, FeatureExtractor):  # then features are what counts
+            model, dense = FeatureExtractor(model), dense and FeatureExtractor(dense)
         batches, device, sharded = self.until_stopped(self.val_loader), self.trainer.device, self.options.dist_eval
         return evaluate(model, batches, self.val_transform, device, self.trainer.amp_dtype, sharded, dense)
 

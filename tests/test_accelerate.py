@@ -20,7 +20,8 @@ from conftest import ONE_THREAD, ROOT, TORCHRUN, launch, write_images
 from dynamicvit.datasets import AugmentedDataset, classes_fit, eval_transform
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import ImageFiles
-from dynamicvit.models.stages import FOR_SPEED
+from dynamicvit.models.flops import count_gflops
+from dynamicvit.models.stages import FOR_FEATURES, FOR_SPEED
 from dynamicvit.recipe import RECIPES
 from dynamicvit.signals import Stopped
 from dynamicvit.tools import accelerate, accelerate_output, accelerate_report, comparison, finetune, speedup, splits
@@ -157,6 +158,56 @@ def test_embeddings_are_compared_by_cosine(photos: Path, tmp_path: Path) -> None
     rows = json.loads((tmp_path / "fast" / "report.json").read_text())["rows"]
     assert rows["dense"]["cosine"] == pytest.approx(1) and rows["dense"]["neighbour"] == 100
     assert 0 < rows["merged"]["cosine"] < 1 and "kl" not in rows["merged"]
+
+
+def test_a_model_for_its_features(weights: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    """Its class token and 16 patches' features beside the dense model's, which it has learned from."""
+    how = "--flops-speedup 1.3 --num-workers 0 --device cpu --batch-size 8 --steps 2 --for features".split()
+    assert run(weights, photos, tmp_path / "fast", how=how) == 0
+    report, fast = report_of(tmp_path / "fast"), models.from_pretrained(tmp_path / "fast")
+    assert fast.spec.scorer == FOR_FEATURES.scorer and fast.spec.place == FOR_FEATURES.place
+    assert report.saved == "fine-tuned" and report.rows["dense"]["cosine"] == pytest.approx(1)
+    held_back = splits.decode(splits.split_images(photos, fast.spec).held_back, fast.spec, 0).images
+    shown, dense = fast.spec.preprocessing.normalise(held_back), dense_model().eval()
+    with torch.inference_mode():
+        merged = speedup.make_faster(dense_model(), fast.spec).eval()
+        found, expected = fast.forward_features(shown), dense.forward_features(shown)
+        cosines = {
+            name: nn.functional.cosine_similarity(model.forward_features(shown), expected, dim=-1)
+            for name, model in {"fine-tuned": fast, "merged": merged}.items()
+        }
+    assert found.shape == (len(held_back), 17, 32)
+    for name, each in cosines.items():
+        assert report.rows[name]["cosine"] == pytest.approx(each.mean().item(), abs=1e-5)
+        assert report.rows[name]["worst"] == pytest.approx(each.sort().values[:, :2].mean().item(), abs=1e-5)
+    assert report.rows["fine-tuned"]["cosine"] > report.rows["merged"]["cosine"]
+    assert report.history[-1]["val/cosine"] == pytest.approx(report.rows["fine-tuned"]["cosine"], abs=0.01)
+    gflops = [count_gflops(model, 32, features=True) for model in (dense, fast)]
+    assert [report.rows[name]["gflops"] for name in ("dense", "merged")] == pytest.approx(gflops)
+    assert "worst tenth of each image's tokens" in str(report)
+    page = (tmp_path / "fast" / "report.html").read_text()
+    assert "principal components" in page and "model.forward_features(" in page
+    card = (tmp_path / "fast" / "README.md").read_text()
+    assert "image-feature-extraction" in card and "model.forward_features(" in card
+    assert run(weights, photos, tmp_path / "fast", how=how[:-2]) == 2  # for answers
+    assert "another command (purpose features)" in one_line_error(capsys)
+
+
+def test_the_search_by_the_clock_is_of_features(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+
+    def time_models(use: object, size: int, found: dict[str, nn.Module]) -> dict[str, float]:
+        timed.extend(model(torch.zeros(1, 3, 32, 32)).shape for model in found.values())
+        return {name: 1 / (1 + (name != "dense")) for name in found}
+
+    monkeypatch.setattr(speedup, "time_models", time_models)
+    monkeypatch.setattr(accelerate, "time_models", time_models)
+    how = {"minutes": 0, "for_batch": 2, "num_workers": 0, "device": "cpu"}
+    model, report = dynamicvit.accelerate(dense_model(), photos, 1.9, purpose="features", **how)
+    assert len(timed) > 4 and set(timed) == {(1, 17, 32)}
+    assert model.spec.scorer == FOR_FEATURES.scorer and report.saved == "merged"
+    with pytest.raises(UserError, match="for its answers or its features, not for 'feature'"):
+        dynamicvit.accelerate(dense_model(), photos, purpose="feature")
 
 
 def test_neighbours_by_hand() -> None:

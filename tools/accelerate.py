@@ -12,28 +12,27 @@ much has changed on these. To use the model: dynamicvit.from_pretrained("fast").
 
 import argparse
 import copy
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dynamicvit.datasets import BatchTransform
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import Teacher
+from dynamicvit.models.features import FeatureExtractor
 from dynamicvit.models.flops import count_gflops
-from dynamicvit.optim import AMP_DTYPES, precision_name
+from dynamicvit.optim import AMP_DTYPES
 from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number, path
 from dynamicvit.recipe import build_recipe
 from dynamicvit.runs.run import log_model
 from dynamicvit.signals import Stopped, StopSignal
 from dynamicvit.tools.accelerate_output import OutputFolder
 from dynamicvit.tools.accelerate_report import Report
-from dynamicvit.tools.comparison import DENSE, MERGED, TUNED, Answers, Comparison, likeness_of, predict_all
-from dynamicvit.tools.dense import Own, find_dense, label
+from dynamicvit.tools.accelerate_request import PURPOSES, Request, as_tuple
+from dynamicvit.tools.comparison import DENSE, MERGED, TUNED, Answers, Comparison, Likeness, likeness_of, predict_all
+from dynamicvit.tools.dense import Own, find_dense
 from dynamicvit.tools.finetune import RECIPE, Budget, FineTuning, NoSignal, Outcome
 from dynamicvit.tools.speedup import Deployment, Wish, choose_spec, make_faster, share_weights, time_models, time_ratios
 from dynamicvit.tools.splits import Decoded, Images, decode, first, split_images, with_progress
@@ -45,7 +44,7 @@ from dynamicvit import utils
 SPEEDUP, MINUTES = 1.5, 5.0  # where nothing else is asked for
 CHOICE_IMAGES = 64  # by which layouts that are equally fast are told apart
 BATCH_SIZE = {"cpu": 16, "cuda": 128}  # of training
-MAX_WORKERS = {"cpu": 4, "cuda": 16}
+FEATURE_IMAGES = 100  # held back at most where features are compared, of which an image has hundreds
 
 
 def accelerate(
@@ -60,6 +59,7 @@ def accelerate(
     base_rate: float | None = None,
     keep_rates: Sequence[float] | None = None,
     pruning_loc: Sequence[int] | None = None,
+    purpose: str = "answers",
     for_batch: int | None = None,
     amp: str = "auto",
     weights: str | Path | None = None,
@@ -83,6 +83,8 @@ def accelerate(
     the precision amp (auto: bfloat16 on a GPU, float32 on a CPU). Default 1.5. Instead: flops_speedup, times fewer
     multiply-adds; or base_rate, the share of its tokens that each stage keeps; or keep_rates, shares of all tokens by
     stage. pruning_loc: the blocks before which tokens merge, where they are not to be chosen.
+    purpose: answers, or features: every patch's feature stays near the dense model's, in forward_features and timm's
+    other methods for these, whose time then counts; the model's own answers are not looked at.
     minutes: of fine-tuning, about (default 5; 0 for none); or steps, exactly repeatable.
     output: a new folder for model and report, in which an interrupted run goes on; None: nothing is written.
     weights, input_size, class_names (names, or a file with one a line), mean, std, crop_pct: where the model's name
@@ -102,44 +104,13 @@ def accelerate(
         batch_size=batch_size,
         num_workers=num_workers,
         seed=seed,
+        purpose=purpose,
     )
     job = Acceleration(request, OutputFolder(output, request.settings()), stop or NoSignal())
     job.choose()
     job.measure()
     job.fine_tune()
     return job.finish()
-
-
-def as_tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
-    return None if values is None else tuple(values)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for; see accelerate."""
-
-    model: nn.Module | str
-    images: Images
-    wish: Wish
-    budget: Budget
-    own: Own
-    use: Deployment
-    batch_size: int | None
-    num_workers: int | None
-    seed: int
-
-    def settings(self) -> dict[str, Any]:
-        """For the report, without the folders of this machine, and without what a resumed run may have otherwise."""
-        own = asdict(self.own) | {"weights": label(self.own.weights), "class_names": label(self.own.class_names)}
-        values = {"model": label(self.model), "images": label(self.images)} | asdict(self.wish) | own
-        values |= asdict(self.budget) | {"batch_size": self.batch_size, "seed": self.seed}
-        values |= {"for_batch": self.use.batch_size, "amp": precision_name(self.use.amp_dtype)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @property
-    def workers(self) -> int:
-        most = MAX_WORKERS[self.use.device.type]
-        return min(most, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
 
 
 class Acceleration:
@@ -153,7 +124,8 @@ class Acceleration:
         self.dense.to(self.use.device).eval()
         self.spec = self.dense.spec
         self.split = split_images(request.images, self.spec)
-        self.held_back = decode(self.split.held_back, self.spec, request.workers)
+        held_back = first(self.split.held_back, FEATURE_IMAGES) if request.features else self.split.held_back
+        self.held_back = decode(held_back, self.spec, request.workers)
         log(f"{len(self.split.training)} images to train on, {len(self.held_back)} held back to measure on")
         self.outcome: Outcome | None = None
 
@@ -164,27 +136,40 @@ class Acceleration:
         as_used = share_weights(self.dense) if use.amp_dtype is None else copy.deepcopy(self.dense)
         self.as_used = as_used.to(use.amp_dtype)
         if spec is None:
-            timer = partial(time_ratios, use, self.spec.img_size)
-            spec = choose_spec(self.as_used, self.request.wish, timer, self.distance)
+            spec = choose_spec(self.as_used, self.request.wish, self.time, self.distance, self.request.features)
         self.spec = spec
         self.fast = make_faster(copy.deepcopy(self.dense), spec)
         self.report = Report(self.request.settings(), spec.arch, spec.to_dict(), use=str(use), notes=self.notes)
         self.report.schedule = self.folder.earlier.schedule if self.folder.earlier else []
         self.folder.write(self.report)  # now that nothing in the command is wrong
 
+    def what_counts(self, model: nn.Module) -> nn.Module:
+        """Gives, called, what the model is for."""
+        return FeatureExtractor(model) if self.request.features else model
+
+    def time(self, models: dict[str, nn.Module]) -> dict[str, float]:
+        """How many times as fast as the dense model each other one is."""
+        models = {name: self.what_counts(model) for name, model in models.items()}
+        return time_ratios(self.use, self.spec.img_size, models)
+
+    @property
+    def likeness(self) -> Likeness:
+        return likeness_of(self.spec, self.request.features)
+
     def distance(self, model: nn.Module) -> float:
         """How far the model's answers are from the dense model's, on some images that it may learn from."""
         source = self.split.training if len(self.split.training) else self.split.held_back
         images = decode(first(source, CHOICE_IMAGES), self.spec, self.request.workers)
         answers = [self.predict(each, images).outputs for each in (model, self.as_used)]
-        return likeness_of(self.spec).distance(*answers).mean().item()
+        return self.likeness.distance(*answers).mean().item()
 
     def predict(self, model: nn.Module, images: Decoded) -> Answers:
         """Its outputs for the images. Raises Stopped at a signal, as there is no model yet to keep."""
         batches = images.loader(self.use.batch_size, self.use.device.type == "cuda")
         shown = self.until_stopped(with_progress(batches, len(batches), "measuring"))
         how = self.spec.preprocessing
-        return predict_all(model, shown, BatchTransform(self.use.device, how.mean, how.std), self.use.amp_dtype)
+        transform = BatchTransform(self.use.device, how.mean, how.std)
+        return predict_all(self.what_counts(model), shown, transform, self.use.amp_dtype)
 
     def until_stopped(self, batches: Iterable) -> Iterator:
         for batch in batches:
@@ -194,17 +179,18 @@ class Acceleration:
 
     def measure(self) -> None:
         """The faster model's speed and answers beside the dense one's."""
-        size = self.spec.img_size
-        gflops = {"dense": count_gflops(self.dense, size), "dynamic": count_gflops(self.fast, size)}
+        size, models = self.spec.img_size, {"dense": self.dense, "dynamic": self.fast}
+        gflops = {name: count_gflops(model, size, self.request.features) for name, model in models.items()}
         log_model(self.fast, gflops)
-        self.comparison = Comparison(likeness_of(self.spec), gflops)
+        self.comparison = Comparison(self.likeness, gflops)
         self.report.images_held_back = len(self.held_back)
         self.report.batch_sizes = list(dict.fromkeys([self.use.batch_size, 1]))
         self.speeds = {DENSE: {}, MERGED: {}}
         fast = make_faster(share_weights(self.as_used), self.spec).eval()
+        models = {DENSE: self.what_counts(self.as_used), MERGED: self.what_counts(fast)}
         for batch_size in self.report.batch_sizes:
             use = replace(self.use, batch_size=batch_size)
-            seconds = time_models(use, size, {DENSE: self.as_used, MERGED: fast})
+            seconds = time_models(use, size, models)
             for name, value in seconds.items():
                 self.speeds[name][f"images_per_s_{batch_size}"] = batch_size / value
         self.compare(DENSE, self.dense)
@@ -227,7 +213,8 @@ class Acceleration:
         batch_size = request.batch_size or BATCH_SIZE[self.use.device.type]
         recipe = build_recipe(RECIPE, batch_size=batch_size, seed=request.seed, distill=True, model_ema=False)
         loader = self.held_back.loader(2 * batch_size, self.use.device.type == "cuda")
-        tuning = FineTuning(recipe, request.workers, self.fast, Teacher(self.dense), self.split.training, loader)
+        models = (self.fast, Teacher(self.dense))
+        tuning = FineTuning(recipe, request.workers, *models, self.split.training, loader, request.features)
         if not report.schedule:
             report.schedule = list(tuning.schedule(request.budget, self.seconds))
             self.folder.write(report)
@@ -266,6 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--base-rate", type=share, help="instead: share of its tokens that each stage keeps")
     add("--keep-rates", type=share, nargs="+", help="instead: shares of all tokens, by stage")
     add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="blocks before which tokens merge")
+    add("--for", dest="purpose", choices=PURPOSES, default="answers", help="what is to stay (default: answers)")
     add("--for-batch", type=number(int, POSITIVE), help="images at a time in use (default: 8, or 128 on a GPU)")
     add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision in use; auto: bf16 on a GPU")
     add("--minutes", type=number(float, NOT_NEGATIVE), help=f"of fine-tuning, about (default: {MINUTES:g}; 0: none)")

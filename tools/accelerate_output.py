@@ -9,7 +9,7 @@ from dynamicvit.datasets import IMAGENET_CLASSES
 from dynamicvit.errors import UserError
 from dynamicvit.models import CheckpointError, ModelSpec, save_pretrained
 from dynamicvit.runs.whole import temporary_path
-from dynamicvit.tools.accelerate_report import NUM_DIFFERENT, NUM_MERGED, Report, report_page
+from dynamicvit.tools.accelerate_report import FEATURES, NUM_DIFFERENT, NUM_MERGED, Report, report_page
 from dynamicvit.tools.comparison import Comparison
 from dynamicvit.tools.splits import Decoded
 from dynamicvit.utils import log
@@ -76,15 +76,16 @@ class OutputFolder:
         row = report.rows[report.saved]
         notes = {name: value for name, value in row.items() if not name.startswith("images_per_s")}
         notes |= {"speedup": next(iter(report.speedups.values()), None), "measured at": report.use}
+        purpose = {"purpose": FEATURES} if report.for_features else {}
         names = (unnamed and classes) or None
         try:
-            save_pretrained(fast, self.folder, names, accelerated=notes)
+            save_pretrained(fast, self.folder, names, accelerated=notes, **purpose)
         except CheckpointError:
             if not self.training.is_dir():
                 raise
             shutil.rmtree(self.training, ignore_errors=True)
             log(f"warning: the disk is full; {self.training} was removed to save the model")
-            save_pretrained(fast, self.folder, names, accelerated=notes)
+            save_pretrained(fast, self.folder, names, accelerated=notes, **purpose)
 
     def say_what_is_there(self) -> None:
         """Sizes, and what may be deleted or should not be published."""

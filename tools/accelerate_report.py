@@ -15,7 +15,7 @@ import torch
 from dynamicvit.datasets import class_names
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec
-from dynamicvit.models.pictures import prune, stage_panel
+from dynamicvit.models.pictures import feature_strip, prune, stage_panel
 from dynamicvit.runs.whole import temporary_path
 from dynamicvit.tools.comparison import DENSE, MERGED, NAMES, Comparison, Row, in_words, likeness_of
 from dynamicvit.tools.splits import Decoded
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 NUM_MERGED, NUM_DIFFERENT = 6, 8  # photos in the report
+FEATURES = "features"  # the purpose, for which settings tell that every patch's feature is what counts
 MOST_BYTES = 10 * 2**20  # of a report.json
 
 
@@ -41,6 +42,10 @@ class Report:
     saved: str = ""  # the row whose model was saved
     history: list[dict[str, float]] = field(default_factory=list)  # of fine-tuning, by epoch
     notes: list[str] = field(default_factory=list)  # what was adapted or assumed
+
+    @property
+    def for_features(self) -> bool:
+        return self.settings.get("purpose") == FEATURES
 
     @property
     def speedups(self) -> dict[int, float]:
@@ -63,7 +68,7 @@ class Report:
         sentences.append(f"{dense['gflops'] / row['gflops']:.2f} times fewer multiply-adds")
         figures = {name: in_words(row, name) for name in NAMES if name in row}
         spec = ModelSpec.from_dict(self.model)
-        sentences.append(likeness_of(spec).sentence.format(images=row["images"], **figures))
+        sentences.append(likeness_of(spec, self.for_features).sentence.format(images=row["images"], **figures))
         sentences[-1] += " that it was never trained on"
         return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
@@ -114,9 +119,10 @@ def report_page(report: Report, comparison: Comparison, images: Decoded, fast: n
         f'<p class="note">{html.escape(comparison.likeness.explanation)}</p>',
         "".join(f'<p class="note">{html.escape(note)}</p>' for note in report.notes),
         curve(report, comparison.likeness.measure),
+        feature_photos(comparison, report.saved, images, fast) if report.for_features else "",
         merged_photos(images, fast),
         different_photos(comparison, report.saved, images, fast.spec),
-        usage(fast.spec, folder),
+        usage(fast.spec, folder, report.for_features),
     ]
     body = "\n".join(part for part in parts if part)
     return PAGE.format(title=html.escape(report.arch), body=body)
@@ -181,6 +187,20 @@ def merged_photos(held_back: Decoded, fast: nn.Module) -> str:
     )
 
 
+def feature_photos(comparison: Comparison, saved: str, images: Decoded, fast: nn.Module) -> str:
+    """The features of some photos as colours."""
+    outputs, dense = (comparison.answers[name].outputs[:, fast.num_prefix_tokens :] for name in (saved, DENSE))
+    strips = []
+    for i in range(0, len(images), math.ceil(len(images) / NUM_MERGED)):
+        picture = pixels(images, i)
+        strip = feature_strip(picture, {"dense": dense[i], "faster": outputs[i]}, fast.grid(picture[None]))
+        strips.append(f"<img src='{embed(strip)}'>")
+    return (
+        "<h2>Features</h2><p>The first three principal components of the dense model's patch features as colours, and "
+        f"the faster model's in the same directions.</p><div class='strips'>{''.join(strips)}</div>"
+    )
+
+
 def different_photos(comparison: Comparison, saved: str, images: Decoded, spec: ModelSpec) -> str:
     """The photos on which both models differ most, with both answers."""
     outputs, dense = (comparison.answers[name].outputs for name in (saved, DENSE))
@@ -213,12 +233,13 @@ def embed(picture: Tensor) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def usage(spec: ModelSpec, folder: str) -> str:
+def usage(spec: ModelSpec, folder: str, features: bool) -> str:
     stages = ", ".join(map(str, spec.pruning_loc))
     rates = ", ".join(f"{rate:.1%}" for rate in spec.keep_rates)
+    what, call = ("features", "model.forward_features") if features else ("outputs", "model")
     code = (
         f"import dynamicvit, timm\nmodel = dynamicvit.from_pretrained({folder!r})\n"
-        "transform = timm.data.create_transform(**model.data_config)\noutputs = model(transform(photo)[None])"
+        f"transform = timm.data.create_transform(**model.data_config)\n{what} = {call}(transform(photo)[None])"
     )
     return (
         f"<h2>Use it</h2><pre>{html.escape(code)}</pre>"

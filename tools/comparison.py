@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 DENSE, MERGED, TUNED = "dense", "merged", "fine-tuned"
 PERCENT = 100
-DECIMALS = {"agreement": 1, "kl": 4, "cosine": 4, "neighbour": 1, "top1": 1}
+DECIMALS = {"agreement": 1, "kl": 4, "cosine": 4, "worst": 4, "neighbour": 1, "top1": 1}
+WORST = 0.1  # share of an image's tokens
 NAMES = {
     "agreement": "agreement",
     "kl": "KL",
     "cosine": "mean cosine",
+    "worst": "worst tenth",
     "neighbour": "same nearest neighbour",
     "top1": "top-1",
 }
@@ -31,7 +33,7 @@ Row = dict[str, float]  # of the table: figures by name, standard errors as name
 class Answers(NamedTuple):
     """A model's outputs for the images held back."""
 
-    outputs: Tensor  # (N, classes) logits or (N, C) embeddings, float32
+    outputs: Tensor  # (N, classes) logits, (N, C) embeddings or (N, T, C) features of T tokens, float32
     labels: Tensor  # (N,), IGNORED_LABEL where there are none
 
 
@@ -62,6 +64,21 @@ def compare_embeddings(answers: Answers, dense: Tensor) -> dict[str, Tensor]:
     return {"cosine": 1 - cosine_distance(answers.outputs, dense), "neighbour": same_neighbour(answers.outputs, dense)}
 
 
+def compare_features(answers: Answers, dense: Tensor) -> dict[str, Tensor]:
+    cosines = token_cosines(answers.outputs, dense)
+    worst = cosines.topk(math.ceil(WORST * cosines.shape[1]), dim=1, largest=False).values
+    return {"cosine": cosines.mean(dim=1), "worst": worst.mean(dim=1)}
+
+
+def token_cosines(outputs: Tensor, dense: Tensor) -> Tensor:
+    """(N, T, C) features, twice -> (N, T); image by image, as those of many images are large."""
+    return torch.stack([1 - cosine_distance(*pair) for pair in zip(outputs, dense, strict=True)])
+
+
+def feature_distance(outputs: Tensor, dense: Tensor) -> Tensor:
+    return 1 - token_cosines(outputs, dense).mean(dim=1)
+
+
 def same_neighbour(outputs: Tensor, dense: Tensor) -> Tensor:
     """(N, C) embeddings, twice -> (N,) whether an image's nearest other image is the same one, by cosine."""
     nearest = []
@@ -89,8 +106,21 @@ EMBEDDINGS = Likeness(
 )
 
 
-def likeness_of(spec: ModelSpec) -> Likeness:
-    """What is compared of a model's outputs."""
+FEATURES = Likeness(
+    measure="cosine",
+    figures=compare_features,
+    distance=feature_distance,
+    sentence="its features have a mean cosine of {cosine} to the dense model's, and {worst} in the worst tenth of each "
+    "image's tokens, on {images} images",
+    explanation="The cosine of two features is 1 where they point the same way. It is taken token by token (those of "
+    "all patches, the class token and registers); the worst tenth are the tokens of an image that have changed most.",
+)
+
+
+def likeness_of(spec: ModelSpec, features: bool = False) -> Likeness:
+    """What is compared of a model's outputs, or of its features."""
+    if features:
+        return FEATURES
     return EMBEDDINGS if gives_embeddings(spec) else CLASSES
 
 
@@ -146,7 +176,7 @@ def in_words(row: Row, figure: str) -> str:
 
 
 def check_finite(name: str, outputs: Tensor) -> None:
-    finite = outputs.isfinite().all(dim=1)
+    finite = outputs.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         raise UserError(
             f"the {name} model's answers to {(~finite).sum()} of {len(finite)} images are not finite (NaN or "

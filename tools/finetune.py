@@ -76,7 +76,10 @@ class FineTuning:
         teacher: Teacher,
         training: Dataset,
         val_loader: DataLoader,
+        features: bool = False,
     ) -> None:
+        """features: the model learns the teacher's features instead of its answers."""
+        self.features = features
         self.recipe, self.num_workers, self.val_loader = recipe, num_workers, val_loader
         self.model, self.teacher, self.training = model, teacher, training
         self.device = next(model.parameters()).device
@@ -93,7 +96,10 @@ class FineTuning:
         return loader
 
     def trainer(self, recipe: Recipe, model: nn.Module, steps: int) -> Trainer:
-        return build_trainer(recipe, model, self.teacher, self.device, self.augmentation, steps, max(1, steps // 2))
+        every = max(1, steps // 2)
+        return build_trainer(
+            recipe, model, self.teacher, self.device, self.augmentation, steps, every, features=self.features
+        )
 
     def schedule(self, budget: Budget, seconds: float) -> Schedule:
         """The budget's steps, or as many as its minutes allow on this machine.

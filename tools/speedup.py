@@ -19,7 +19,15 @@ from dynamicvit.models import ModelSpec, geometric_keep_rates, make_dynamic
 from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.spatial import SpatialAdapter
-from dynamicvit.models.stages import FEWEST_TOKENS, FOR_SPEED, LOWEST_RATE, MAX_STAGES, can_split, spread
+from dynamicvit.models.stages import (
+    FEWEST_TOKENS,
+    FOR_FEATURES,
+    FOR_SPEED,
+    LOWEST_RATE,
+    MAX_STAGES,
+    can_split,
+    spread,
+)
 from dynamicvit.optim import pick_amp, precision_name
 from dynamicvit.tools.splits import PROGRESS_SECONDS
 from dynamicvit.tools.timing import WARMUP_ROUNDS, hardware, interleave, time_turn
@@ -81,7 +89,7 @@ class Wish:
                 raise UserError(f"a {name.replace('_', '-')} must be above 1 (and below 100), got {value:g}")
 
 
-def layouts(dense: nn.Module, wish: Wish) -> list[ModelSpec]:
+def layouts(dense: nn.Module, wish: Wish, features: bool) -> list[ModelSpec]:
     """Descriptions of dynamic models that keep all tokens yet: with as many stages as the library would choose, and
     with fewer, which take less time. Raises UserError for a model without transformer blocks."""
     try:
@@ -91,21 +99,25 @@ def layouts(dense: nn.Module, wish: Wish) -> list[ModelSpec]:
         raise UserError(f"{dense.spec.arch} has no transformer blocks to merge tokens between: give a ViT") from error
     if isinstance(family, SpatialAdapter) or depth < 3:
         raise UserError(f"{dense.spec.arch} has no transformer blocks to merge tokens between: give a ViT")
-    where = FOR_SPEED.place if can_split(dense, family) else "before"
+    choice = FOR_FEATURES if features else FOR_SPEED
+    where = choice.place if can_split(dense, family) else "before"
     counts = STAGE_COUNTS if wish.keep_rates is None else [len(wish.keep_rates)]
-    chosen = [spread(depth, wish.speedup or USUAL_SPEEDUP, where, count) for count in counts]
+    chosen = [spread(depth, wish.speedup or USUAL_SPEEDUP, where, count, features) for count in counts]
     if wish.pruning_loc is not None:
         chosen = [wish.pruning_loc]
-    merging = replace(dense.spec, dense=False, scorer=FOR_SPEED.scorer, reducer=FOR_SPEED.reducer, place=where)
+    merging = replace(dense.spec, dense=False, scorer=choice.scorer, reducer=choice.reducer, place=where)
     return [replace(merging, pruning_loc=loc, keep_rates=(1.0,) * len(loc)) for loc in dict.fromkeys(chosen)]
 
 
-def choose_spec(dense: nn.Module, wish: Wish, timer: Timer, distance: Callable[[nn.Module], float]) -> ModelSpec:
+def choose_spec(
+    dense: nn.Module, wish: Wish, timer: Timer, distance: Callable[[nn.Module], float], features: bool = False
+) -> ModelSpec:
     """The description of the faster model. dense: with its spec; distance: of a faster model's outputs from its.
 
-    Raises UserError for a wish that cannot be met, and says which one can.
+    features: the model is for its features; timer and distance are then of these. Raises
+    UserError for a wish that cannot be met, and says which one can.
     """
-    specs = layouts(dense, wish)
+    specs = layouts(dense, wish, features)
     stages = len(specs[0].pruning_loc)
     if wish.keep_rates is not None:
         return replace(specs[0], keep_rates=wish.keep_rates)
@@ -113,12 +125,13 @@ def choose_spec(dense: nn.Module, wish: Wish, timer: Timer, distance: Callable[[
         return replace(specs[0], keep_rates=geometric_keep_rates(wish.base_rate, stages))
     if wish.flops_speedup is not None:
         try:
-            fast = make_dynamic(share_weights(dense), wish.pruning_loc, speedup=wish.flops_speedup)
+            shared, speedup = share_weights(dense), wish.flops_speedup
+            fast = make_dynamic(shared, wish.pruning_loc, speedup=speedup, for_features=features)
         except ValueError as error:
             raise UserError(str(error)) from error
         return replace(specs[0], pruning_loc=fast.pruning_loc, keep_rates=fast.keep_rates, place=fast.place)
     log(f"choosing among {len(specs)} layouts of stages by time")
-    return choose_by_time([Layout.of(dense, spec) for spec in specs], dense, wish.speedup, timer, distance)
+    return choose_by_time([Layout.of(dense, spec, features) for spec in specs], dense, wish.speedup, timer, distance)
 
 
 @dataclass
@@ -132,13 +145,13 @@ class Layout:
     seen: list[tuple[float, float]] = field(default_factory=list)  # (cost, time), as measured
 
     @classmethod
-    def of(cls, dense: nn.Module, spec: ModelSpec) -> "Layout":
+    def of(cls, dense: nn.Module, spec: ModelSpec, features: bool) -> "Layout":
         model, size = make_faster(share_weights(dense), spec).eval(), spec.img_size
         shapes, dense_shapes = (copy.deepcopy(each).to("meta", torch.float32) for each in (model, dense))
-        dense_gflops, costs = count_gflops(dense_shapes, size), []
+        dense_gflops, costs = count_gflops(dense_shapes, size, features), []
         for rate in RATES:
             shapes.set_keep_rates(geometric_keep_rates(rate, len(spec.pruning_loc), FEWEST_TOKENS))
-            costs.append(count_gflops(shapes, size) / dense_gflops)
+            costs.append(count_gflops(shapes, size, features) / dense_gflops)
         return cls(spec, model, costs)
 
     def set_cost(self, cost: float) -> None:
