@@ -359,7 +359,7 @@ def test_predictors_of_a_dynamic_run_are_left_out(photos: Path, tmp_path: Path, 
     torch.save({"model": model.state_dict(), "spec": model.spec.to_dict()}, tmp_path / "checkpoint_best.pth")
     assert run(tmp_path, photos, tmp_path / "fast", "--minutes", "0") == 0
     assert "predictors in the weights are left out" in capsys.readouterr().out
-    assert models.from_pretrained(tmp_path / "fast").spec.scorer == "distinct"
+    assert models.from_pretrained(tmp_path / "fast").spec.scorer == FOR_SPEED.scorer
 
 
 def test_few_images_are_merged_without_training(weights: Path, tmp_path: Path, capsys) -> None:
