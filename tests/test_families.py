@@ -300,7 +300,10 @@ def test_one_graph(family: str, scorer: str) -> None:
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(ValueError, match="ConvNeXt, Eva, LVViT, SwinTransformer, VisionTransformer; this is a ResNet"):
+    with pytest.raises(
+        ValueError,
+        match="ConvNeXt, Eva, LVViT, PreTrainedVisionModel, SwinTransformer, VisionTransformer; this is a ResNet",
+    ):
         make_dynamic(timm.create_model("resnet18"), STAGES, HALF)
 
 
