@@ -267,7 +267,7 @@ def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str 
         if not spec.dense and (name := getattr(spec, kind)) not in known:
             raise CheckpointError(
                 f"{origin} needs the {kind} {name}, which is not built in; before loading it, register it: "
-                f"models.{kind.upper()}S[{name!r}] = ..."
+                f"dynamicvit.{kind.upper()}S[{name!r}] = ..."
             )
     return spec, digest
 
