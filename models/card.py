@@ -5,6 +5,7 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 
+from .reducers import REDUCERS
 from .spec import ModelSpec
 
 CARD_MARK = "<!-- Written by save_pretrained, anew each time; remove this line to keep your changes. -->"
@@ -32,7 +33,7 @@ def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any]) -> str:
     if features:
         lines += ["It is for features, one for every patch; its own predictions were not looked at.", ""]
     if notes:
-        lines += ["| | |", "|---|---|", *(f"| {cell(key)} | {cell(value)} |" for key, value in notes.items()), ""]
+        lines += ["| | |", "|---|---|", *rows(notes), ""]
     result, call = ("logits" if spec.num_classes else "embedding"), "model"
     if features:
         result, call = "tokens", "model.forward_features"
@@ -55,14 +56,25 @@ def what_it_is(spec: ModelSpec) -> str:
         return f"{dense}."
     blocks = ", ".join(map(str, spec.pruning_loc))
     rates = ", ".join(f"{rate:.3g}" for rate in spec.keep_rates)
-    does = "merges patches with those most similar to them" if spec.reducer.startswith("merge") else "drops patches"
+    merges = spec.reducer in REDUCERS and REDUCERS[spec.reducer].merges
+    does = "merges patches with those most similar to them" if merges else "drops patches"
     return (
-        f"{dense}, made faster by DynamicViT: between its blocks it {does}, chosen image by image "
-        f"(scorer {spec.scorer}, reducer {spec.reducer}). Before blocks {blocks} it keeps these shares of all "
-        f"patches: {rates}."
+        f"{dense}, made faster by DynamicViT: from block to block it {does}, chosen image by image "
+        f"(scorer {spec.scorer}, reducer {spec.reducer}). {spec.place.capitalize()} blocks {blocks} it "
+        f"keeps these shares of all patches: {rates}."
     )
 
 
+def rows(notes: Mapping[str, Any], before: str = "") -> list[str]:
+    """Of a table: a row for each note, and for each entry of a note that is a dict."""
+    lines = []
+    for key, value in notes.items():
+        name = f"{before}{key}"
+        lines += rows(value, f"{name}: ") if isinstance(value, Mapping) else [f"| {cell(name)} | {cell(value)} |"]
+    return lines
+
+
 def cell(value: Any) -> str:
-    """For a table: on one line, without what ends a cell."""
+    """For a table: on one line, without what ends a cell, numbers with four digits."""
+    value = f"{value:.4g}" if isinstance(value, float) else value
     return " ".join(str(value).replace("|", "/").split())

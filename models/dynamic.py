@@ -109,7 +109,10 @@ def rebuild(mixin: type, backbone_class: type[nn.Module]) -> nn.Module:
 def check_own_methods(backbone: nn.Module, mixin: type) -> None:
     """Raises ValueError where the backbone's forward pass is not timm's, as the dynamic one would bypass it."""
     if isinstance(backbone, Dynamic):
-        raise ValueError("the model is dynamic already: start from the dense one, or change it by set_keep_rates")
+        raise ValueError(
+            "the model is dynamic already, as make_dynamic changes a model in place: start from the dense one "
+            "(copy.deepcopy keeps it), or change this one by set_keep_rates"
+        )
     for name in ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers"):
         if name in vars(backbone):
             raise ValueError(f"this model's {name} is wrapped, and the wrapping would be lost: make it dynamic before")

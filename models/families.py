@@ -30,6 +30,8 @@ def family_of(backbone: nn.Module) -> Family:
     for family in FAMILIES:
         if isinstance(backbone, family.backbone):
             return family
+    if isinstance(backbone, str):
+        raise ValueError(f"make_dynamic takes a model, not its name: timm.create_model({backbone!r}, pretrained=True)")
     known = ", ".join(sorted({family.backbone.__name__ for family in FAMILIES}))
     raise ValueError(f"only these can be dynamic: {known}; this is a {type(backbone).__name__}")
 
@@ -70,6 +72,8 @@ def make_dynamic(
             raise ValueError(
                 f"make_dynamic needs speedup=1.6, or pruning_loc and keep_rates; no {missing[0]} was given"
             )
+        if for_features:
+            raise ValueError("for_features chooses stages for a speedup; by hand, leave it out")
         if not isinstance(keep_rates, Sequence) and not hasattr(keep_rates, "__len__"):
             rates = family.keep_rates(keep_rates, len(pruning_loc))
             raise ValueError(f"keep_rates needs a share of all tokens for each stage; {keep_rates} would be {rates}")

@@ -1,7 +1,7 @@
 """A model in a folder: its weights, and the description from which it is built again.
 
-    models.save_pretrained(model, "fast", class_names=names)
-    model = models.from_pretrained("fast")            # or "user/name", on the Hugging Face hub
+    dynamicvit.save_pretrained(model, "fast", class_names=names)
+    model = dynamicvit.from_pretrained("fast")        # or "user/name", on the Hugging Face hub
 
 The weights are model.safetensors, the description is config.json. Both are mere data: nothing in them
 can run code, name another file or reach the network, and what they ask for is compared with what is
@@ -267,7 +267,7 @@ def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str 
         if not spec.dense and (name := getattr(spec, kind)) not in known:
             raise CheckpointError(
                 f"{origin} needs the {kind} {name}, which is not built in; before loading it, register it: "
-                f"models.{kind.upper()}S[{name!r}] = ..."
+                f"dynamicvit.{kind.upper()}S[{name!r}] = ..."
             )
     return spec, digest
 

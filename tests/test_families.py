@@ -326,6 +326,16 @@ def test_one_number_is_no_keep_rates() -> None:
         make_dynamic(build(), (1, 2), 0.5)
 
 
+def test_features_need_a_speedup() -> None:
+    with pytest.raises(ValueError, match="for_features"):
+        make_dynamic(build(), STAGES, HALF, for_features=True)
+
+
+def test_a_name_is_no_model() -> None:
+    with pytest.raises(ValueError, match="not its name"):
+        make_dynamic("vit_tiny_patch16_224", speedup=1.6)
+
+
 def test_made_dynamic_once() -> None:
     with pytest.raises(ValueError, match="dynamic already"):
         make_dynamic(make_dynamic(build(), STAGES, HALF), STAGES, HALF)

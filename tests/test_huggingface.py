@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamicvit.errors import UserError
 from dynamicvit.models import (
     SCORERS,
     CheckpointError,
@@ -23,6 +24,7 @@ from dynamicvit.models import (
     save_pretrained,
 )
 from dynamicvit.models.flops import count_gflops
+from dynamicvit.tools.accelerate import accelerate
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -306,6 +308,11 @@ def test_inner_model_and_other_attention(images: Tensor) -> None:
     before = model(images).logits
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(images).logits, before, atol=1e-5, rtol=1e-4)
+
+
+def test_accelerate_sends_it_to_make_dynamic(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"make_dynamic\(model"):
+        accelerate(vit(), tmp_path)
 
 
 def test_wrong_requests_are_refused_in_one_line(images: Tensor) -> None:

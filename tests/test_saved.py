@@ -360,11 +360,17 @@ def test_a_card_tells_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
     assert "base_model: timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k\n" in header
     assert "license: apache-2.0\n" in header and "library_name: dynamicvit\n" in header
     assert "| agreement | 0.98 |" in card and "| hardware | one / core |" in card
+    assert "merges patches" in card and "Before blocks 3 it keeps" in card
     code = card.split("```python\n")[1].split("```")[0]
     image = Image.new("RGB", (40, 30))
     scope = {"image": image}
     exec(code.replace('"fast"', repr(str(tmp_path / "fast"))), scope)
     assert scope["logits"].shape == (1, 5)
+    inside = make_dynamic(tiny_timm("vit_tiny_patch16_224"), (3,), (0.7,), "distinct", "merge_length", place="inside")
+    save_pretrained(inside, tmp_path / "fast", measured={"kl": 0.017477466, "images": 40})
+    card = (tmp_path / "fast" / "README.md").read_text()
+    assert "merges patches" in card and "Inside blocks 3 it keeps" in card
+    assert "| measured: kl | 0.01748 |" in card and "| measured: images | 40 |" in card
     (tmp_path / "fast" / "README.md").write_text("mine")
     save_pretrained(model, tmp_path / "fast")
     assert (tmp_path / "fast" / "README.md").read_text() == "mine"

@@ -197,7 +197,6 @@ class Acceleration:
         started = time.monotonic()
         self.compare(MERGED, self.fast)
         self.seconds = time.monotonic() - started
-        log(str(self.report))
 
     def compare(self, name: str, model: nn.Module) -> None:
         """Adds a row to the report."""
@@ -210,6 +209,7 @@ class Acceleration:
         request, report = self.request, self.report
         if len(self.split.training) == 0 or request.budget.is_none:
             return
+        log(str(report))
         batch_size = request.batch_size or BATCH_SIZE[self.use.device.type]
         recipe = build_recipe(RECIPE, batch_size=batch_size, seed=request.seed, distill=True, model_ema=False)
         loader = self.held_back.loader(2 * batch_size, self.use.device.type == "cuda")

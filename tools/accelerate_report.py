@@ -243,7 +243,7 @@ def usage(spec: ModelSpec, folder: str, features: bool) -> str:
     )
     return (
         f"<h2>Use it</h2><pre>{html.escape(code)}</pre>"
-        f'<p class="note">Tokens merge before blocks {stages}, after which {rates} of them are left.</p>'
+        f'<p class="note">Tokens merge {spec.place} blocks {stages}, after which {rates} of them are left.</p>'
     )
 
 

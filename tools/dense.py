@@ -21,6 +21,7 @@ from dynamicvit.models import (
     read_checkpoint,
 )
 from dynamicvit.models.factory import image_size
+from dynamicvit.models.huggingface import PreTrainedVisionModel
 from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, published_weights, spec_of
 from dynamicvit.models.saved import check_values
 from dynamicvit.tools.splits import Images
@@ -75,7 +76,9 @@ def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list
 
 
 def as_dense(model: nn.Module) -> nn.Module:
-    """A copy that may be changed; of a dynamic model its backbone."""
+    """A copy that may be changed; of a dynamic model its backbone. UserError for one that accelerate cannot take."""
+    if isinstance(model, PreTrainedVisionModel):
+        raise UserError("accelerate takes timm's models; for one of transformers: make_dynamic(model, speedup=1.6)")
     spec = describe(model)
     if not spec.dense:
         dense = build_model(spec.as_dense())

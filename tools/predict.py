@@ -206,7 +206,7 @@ def check_interface(session: Any, spec: ModelSpec, path: Path) -> None:
 def require_packages(*names: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"needs {', '.join(missing)}: pip install -r requirements-export.txt")
+        raise UserError(f"needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def command(argv: Sequence[str] | None = None) -> None:

@@ -96,7 +96,7 @@ def build_parser() -> OneLineParser:
 
 def main(args: argparse.Namespace) -> None:
     if Figure is None:
-        raise UserError("the plot needs matplotlib; get it: pip install -r requirements-dev.txt")
+        raise UserError("the plot needs matplotlib; get it: pip install matplotlib")
     if (args.output / "sweep.csv").exists():
         raise UserError(f"{args.output} holds an earlier sweep; choose another --output, or remove it")
     for name in VARIED:

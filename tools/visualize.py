@@ -1,5 +1,4 @@
-"""Shows what a model makes of an image's patches, stage by stage: which leave, which become one token, and what
-it then sees in the image.
+"""Shows what a model makes of an image's patches: which leave, which become one token, what it sees then.
 
 python -m tools.visualize fast/ photo.jpg                            # a saved model, a run's folder or a checkpoint
 python -m tools.visualize logs/my_run photos/ --gif
