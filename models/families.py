@@ -5,6 +5,7 @@ that stages can stand before), default_pruning_loc(model), keep_rates(base_rate,
 outputs_of(model, images) (what a teacher gives), map_published(weights, model).
 """
 
+import numbers
 import re
 from collections.abc import Sequence
 
@@ -64,6 +65,8 @@ def make_dynamic(
     what this project's losses need. timm's patch dropout is not used any more. Raises ValueError, before anything is
     changed, if anything does not fit.
     """
+    if speedup is not None and not isinstance(speedup, numbers.Real):
+        raise ValueError(f"speedup is a number, as 1.6; got {speedup!r}")
     family = family_of(backbone)
     chosen_by_hand = {"pruning_loc": pruning_loc, "keep_rates": keep_rates}
     if speedup is None:
@@ -98,12 +101,12 @@ def make_dynamic(
 def as_blocks(pruning_loc: Sequence[int]) -> tuple[int, ...]:
     """Plain integers; numpy's are as good. ValueError for anything else."""
     try:
-        numbers = tuple(int(i) for i in pruning_loc)
-        if any(number != i for number, i in zip(numbers, pruning_loc, strict=True)):
+        blocks = tuple(int(i) for i in pruning_loc)
+        if any(block != i for block, i in zip(blocks, pruning_loc, strict=True)):
             raise ValueError
     except (TypeError, ValueError) as error:
         raise ValueError(f"pruning_loc needs the numbers of blocks, got {pruning_loc}") from error
-    return numbers
+    return blocks
 
 
 def find(wanted: str | Scorer | Reducer, known: dict, kind: type) -> Scorer | Reducer:

@@ -225,6 +225,7 @@ def test_bad_requests_are_one_line() -> None:
         (lambda: model.set_keep_rates(0.7), "needs a share of all tokens for each of 2 stages"),
         (lambda: setattr(model, "keep_rates", (0.5, 0.7)), "cannot grow"),
         (lambda: make_dynamic(build(), (1.5,), (0.5,)), "numbers of blocks"),
+        (lambda: make_dynamic(build(), speedup="1.5"), "speedup is a number"),
         (lambda: make_dynamic(build(), (1,), (0.5,), place="behind"), "place is before or inside"),
         (lambda: make_dynamic(build(), (1,), (0.5,), place="inside"), "trained by hiding tokens"),
     ):
