@@ -174,6 +174,7 @@ def test_the_nearest_cost_is_taken() -> None:
 )
 def test_rivals_are_one_graph(rival: rivals.Rival) -> None:
     """For tools.benchmark --compile."""
+    torch.compiler.reset()  # other models of this process have been compiled, and there is a limit for all
     model = rivals.make_rival(small_dense(), rival)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

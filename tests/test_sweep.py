@@ -242,4 +242,4 @@ def test_missing_matplotlib_is_said_before_any_work(
 ) -> None:
     monkeypatch.setattr(sweep, "Figure", None)
     assert run(weights) == 2
-    assert capsys.readouterr().err == "error: the plot needs matplotlib; get it: pip install -r requirements-dev.txt\n"
+    assert capsys.readouterr().err == "error: the plot needs matplotlib; get it: pip install matplotlib\n"
