@@ -206,6 +206,7 @@ def test_scaling_covers_sizes_and_rates(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.usefixtures("small_archs")
 def test_scaling_compiles_any_number_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_(self, fullgraph=True, backend="eager"))
     monkeypatch.setattr(benchmark, "SCALING_SIZES", ())
@@ -237,6 +238,7 @@ def test_user_errors_are_one_line(args: list[str], message: str, capsys: pytest.
 @pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_is_one_graph_and_compiled_once(arch: str, dtype: torch.dtype) -> None:
+    torch.compiler.reset()  # other tests have compiled the same function, and there is a limit for all
     model = create_model(arch, img_size=64, embed_dim=16, num_heads=2, depth=4, pruning_loc=[1, 2, 3], num_classes=5)
     model.eval().to(dtype)
     counter = CompileCounter()

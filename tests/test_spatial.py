@@ -179,6 +179,7 @@ def test_low_precision(arch: str, dtype: torch.dtype, device: str) -> None:
 
 
 def test_compiles_without_graph_breaks(arch: str) -> None:
+    torch.compiler.reset()  # other tests have compiled the same function, and there is a limit for all
     model = make_spatial_dynamic(build_dense(arch, depths=(1, 1, 2, 1)), [1], [0.5]).eval()
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
