@@ -463,13 +463,13 @@ def test_two_stages_are_too_few() -> None:
 
 
 @pytest.mark.parametrize("arch", ["swin_t", "convnext_t"])
-def test_the_command_trains(arch: str, tmp_path: Path) -> None:
+def test_the_command_trains(arch: str, image_folder: Path, tmp_path: Path) -> None:
     """Dense, dynamic with a teacher in two processes, evaluated from the checkpoint alone."""
-    sizes = "--embed-dim 16 --depths 1 1 4 1 --num-classes 9 --input-size 32".split()
+    sizes = "--embed-dim 16 --depths 1 1 4 1 --input-size 32".split()
     sizes += "--num-heads 1 2 4 8 --window-size 2".split() if arch == "swin_t" else []
-    common = [*"--data-set SHAPES --device cpu --amp off --num-workers 0 --batch-size 250".split()]
+    common = ["--data-path", str(image_folder), *"--device cpu --amp off --num-workers 0 --batch-size 5".split()]
     common += "--epochs 1 --warmup-epochs 0 --frozen-epochs 1 --aa none --mixup 0 --cutmix 0".split()
-    common += "--print-freq 4 --repeated-aug".split()
+    common += "--print-freq 4".split()
     dense = run_main("--arch", arch, *sizes, *common, "--dense", "--output-dir", tmp_path / "dense")
     assert dense.returncode == 0, dense.stderr
     options = ["--distill", "--dist-eval", "--pretrained", tmp_path / "dense" / "checkpoint_last.pth"]
@@ -478,7 +478,7 @@ def test_the_command_trains(arch: str, tmp_path: Path) -> None:
     dynamic = launch([*launcher, *common, *map(str, options)])
     assert dynamic.returncode == 0, dynamic.stderr
     (record,) = map(json.loads, (tmp_path / "dynamic" / "log.txt").read_text().splitlines())
-    assert record["val/images"] == 2000 and 0 < record["train/token"] < 10
-    evaluated = run_main("--eval", "--resume", tmp_path / "dynamic", "--data-set", "SHAPES", "--device", "cpu")
+    assert record["val/images"] == 7 and 0 < record["train/token"] < 10
+    evaluated = run_main("--eval", "--resume", tmp_path / "dynamic", "--data-path", image_folder, "--device", "cpu")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert "keep 70.0%, 50.0%, 30.0%" in evaluated.stdout and "on 2000 images" in evaluated.stdout
+    assert "keep 70.0%, 50.0%, 30.0%" in evaluated.stdout and "on 7 images" in evaluated.stdout
