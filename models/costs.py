@@ -10,10 +10,11 @@ from .describe import describe
 from .factory import build_model
 from .families import family_of
 from .flops import count_gflops
+from .rates import geometric_keep_rates
 from .reducers import REDUCERS
 from .scorers import SCORERS
 from .spec import ModelError, ModelSpec
-from .stages import BISECTIONS, FOR_FEATURES, FOR_SPEED, LOWEST_RATE, choose, geometric_keep_rates
+from .stages import FOR_FEATURES, FOR_SPEED, choose, largest_rate
 
 
 def dense_and_dynamic_gflops(model: nn.Module) -> dict[str, float]:
@@ -52,18 +53,17 @@ def choose_stages(
     return replace(model.spec, dense=False, scorer=scorer, reducer=reducer, **chosen)
 
 
-def solve_keep_rates(spec: ModelSpec, gflops: float, fewest: float = 0.0) -> tuple[float, ...]:
+def solve_keep_rates(spec: ModelSpec, gflops: float) -> tuple[float, ...]:
     """Rates of a spec's stages, each keeping the same share of its tokens, at which it costs at most so many GFLOPs.
 
-    That share is LOWEST_RATE at least, even if this costs more. fewest: the share of all tokens that is kept in
-    any case.
+    That share is stages.LOWEST_RATE at least, even if this costs more.
     """
     num_stages = len(spec.pruning_loc)
     with torch.device("meta"):
         model = build_model(replace(spec, keep_rates=(1.0,) * num_stages))
-    low, high = LOWEST_RATE, 1.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        model.set_keep_rates(geometric_keep_rates(middle, num_stages, fewest))
-        low, high = (middle, high) if count_gflops(model, model.spec.img_size) <= gflops else (low, middle)
-    return geometric_keep_rates(low, num_stages, fewest)
+
+    def gflops_at(base_rate: float) -> float:
+        model.set_keep_rates(geometric_keep_rates(base_rate, num_stages))
+        return count_gflops(model, model.spec.img_size)
+
+    return geometric_keep_rates(largest_rate(gflops_at, gflops), num_stages)

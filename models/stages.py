@@ -109,8 +109,13 @@ def solve(gflops_at: Callable[[float], float], dense_gflops: float, speedup: flo
             f"a speed-up of {speedup:g} would leave too few tokens of this {what}; at most {largest:.3g} "
             "(by hand: pruning_loc and keep_rates)"
         )
+    return largest_rate(gflops_at, dense_gflops / speedup)
+
+
+def largest_rate(gflops_at: Callable[[float], float], limit: float) -> float:
+    """The largest base rate that costs at most so much, or LOWEST_RATE where even that costs more."""
     low, high = LOWEST_RATE, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if gflops_at(middle) <= dense_gflops / speedup else (low, middle)
+        low, high = (middle, high) if gflops_at(middle) <= limit else (low, middle)
     return low
