@@ -18,8 +18,9 @@ def count_gflops(model: nn.Module, img_size: int | tuple[int, int], features: bo
     """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     # On the meta device only shapes are computed, and no weights are held: fast at any size.
-    # No gradients wanted, or the counter would look for that of attention pooling's query, and fail.
-    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
+    # No gradients wanted, or the counter would look for that of attention pooling's query, and fail. In float32, as the
+    # images are: a model in half precision costs the same.
+    shadow = copy.deepcopy(model).to("meta", torch.float32).eval().requires_grad_(False)
     images = torch.empty(1, 3, height, width, device="meta")
     with torch.no_grad():
         return gflops_of(lambda: shadow.forward_features(images) if features else shadow(images))

@@ -25,6 +25,7 @@ from dynamicvit.models.stages import FOR_FEATURES, FOR_SPEED
 from dynamicvit.recipe import RECIPES
 from dynamicvit.signals import Stopped
 from dynamicvit.tools import accelerate, accelerate_output, accelerate_report, comparison, finetune, speedup, splits
+from dynamicvit.tools.dense import as_size
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -191,6 +192,16 @@ def test_a_model_for_its_features(weights: Path, photos: Path, tmp_path: Path, c
     assert "image-feature-extraction" in card and "model.forward_features(" in card
     assert run(weights, photos, tmp_path / "fast", how=how[:-2]) == 2  # for answers
     assert "another command (purpose features)" in one_line_error(capsys)
+
+
+def test_images_need_not_be_square_and_precision_is_that_of_use(weights: Path, photos: Path, tmp_path: Path) -> None:
+    how = "--flops-speedup 1.3 --num-workers 0 --device cpu --minutes 0 --for features --amp bf16 --input-size".split()
+    assert run(weights, photos, tmp_path / "fast", "32", "48", how=how) == 0
+    fast = models.from_pretrained(tmp_path / "fast")
+    assert fast.spec.img_size == (32, 48) and fast.forward_features(torch.zeros(1, 3, 32, 48)).shape == (1, 25, 32)
+    assert report_of(tmp_path / "fast").rows["merged"]["gflops"] == count_gflops(fast, (32, 48), features=True)
+    with pytest.raises(UserError, match="one side, or height and width, and not 3 numbers"):
+        as_size([32, 48, 64])
 
 
 def test_the_search_by_the_clock_is_of_features(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,7 @@ def test_speedup_is_all_that_is_needed() -> None:
     assert model.scorer == "distinct_few" and model.reducer.merges and model.place == "inside"
     assert gflops / count_gflops(model, 64) == pytest.approx(1.3, rel=0.06)  # 16 tokens leave in whole numbers
     assert model(IMAGES).shape == (2, 5)
+    assert make_dynamic(build(depth=8).bfloat16(), speedup=1.3).keep_rates == model.keep_rates
     for wish in (0.9, 1.0, 50.0):
         with pytest.raises(ValueError, match="a speed-up"):
             make_dynamic(build(depth=8), speedup=wish)

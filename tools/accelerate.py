@@ -32,7 +32,7 @@ from dynamicvit.tools.accelerate_output import OutputFolder
 from dynamicvit.tools.accelerate_report import Report
 from dynamicvit.tools.accelerate_request import PURPOSES, Request, as_tuple
 from dynamicvit.tools.comparison import DENSE, MERGED, TUNED, Answers, Comparison, Likeness, likeness_of, predict_all
-from dynamicvit.tools.dense import Own, find_dense
+from dynamicvit.tools.dense import Own, as_size, find_dense
 from dynamicvit.tools.finetune import RECIPE, Budget, FineTuning, NoSignal, Outcome
 from dynamicvit.tools.speedup import Deployment, Wish, choose_spec, make_faster, share_weights, time_models, time_ratios
 from dynamicvit.tools.splits import Decoded, Images, decode, first, split_images, with_progress
@@ -63,7 +63,7 @@ def accelerate(
     for_batch: int | None = None,
     amp: str = "auto",
     weights: str | Path | None = None,
-    input_size: int | None = None,
+    input_size: int | Sequence[int] | None = None,
     class_names: str | Path | Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -99,7 +99,7 @@ def accelerate(
         images=images,
         wish=Wish(speedup, flops_speedup, base_rate, as_tuple(keep_rates), as_tuple(pruning_loc)),
         budget=Budget(minutes, steps),
-        own=Own(weights, input_size, class_names, mean, std, crop_pct),
+        own=Own(weights, as_size(input_size), class_names, mean, std, crop_pct),
         use=Deployment.on(utils.pick_device(device), for_batch, amp),
         batch_size=batch_size,
         num_workers=num_workers,
@@ -259,7 +259,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--minutes", type=number(float, NOT_NEGATIVE), help=f"of fine-tuning, about (default: {MINUTES:g}; 0: none)")
     add("--steps", type=number(int, NOT_NEGATIVE), help="instead, rounded up to tens: exactly repeatable")
     add("--weights", type=path, help="file or folder of the dense model's weights (default: the published ones)")
-    add("--input-size", type=number(int, POSITIVE), help="pixels (default: the model's own)")
+    add("--input-size", type=number(int, POSITIVE), nargs="+", help="pixels, or height width (default: the model's)")
     add("--class-names", type=path, help="a file with the name of a class on each line")
     for name in ("--mean", "--std"):
         add(name, type=number(float, POSITIVE), nargs=3, help="of the channels that the weights expect, from 0 to 1")

@@ -22,7 +22,7 @@ from dynamicvit.models import (
 )
 from dynamicvit.models.factory import image_size
 from dynamicvit.models.huggingface import PreTrainedVisionModel
-from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, published_weights, spec_of
+from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, published_weights, spec_of, text_of
 from dynamicvit.models.saved import check_values
 from dynamicvit.tools.splits import Images
 from torch import nn
@@ -58,6 +58,15 @@ class Own:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the class names in {self.class_names} ({error})") from error
         return tuple(line.strip() for line in lines if line.strip())
+
+
+def as_size(sides: int | Sequence[int] | None) -> int | tuple[int, int] | None:
+    """A side in pixels, or (height, width), of what a user gives: one number, or one or two of them."""
+    if sides is None or isinstance(sides, int):
+        return sides
+    if len(sides) not in (1, 2):
+        raise UserError(f"an input size is one side, or height and width, and not {len(sides)} numbers")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
 def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list[str]]:
@@ -138,6 +147,7 @@ def assumed(spec: ModelSpec, own: Own) -> list[str]:
     if own.weights is None or None not in (own.mean, own.std, own.crop_pct):
         return []
     how, size = spec.preprocessing, image_size(spec)
+    size = size if isinstance(size, int) else text_of(size)
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (how.mean, how.std))
     return [
         f"assumed of the weights: images of {size} pixels, the centre {how.crop_pct:.3f} of them, mean {mean}, "
