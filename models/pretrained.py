@@ -55,10 +55,12 @@ FOREIGN = {
 }
 ROOM = 2**26  # bytes that a model may need beyond twice those of its weights
 CONFIRMED = 0.2  # mean similarity of neighbours from which position embeddings are taken for a grid
-# Mere data, which torch's reader would refuse. Files written with numpy 1 name its scalars otherwise.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # has another name in numpy 1 than in numpy 2
+# Mere data, which torch's reader would refuse.
 HARMLESS = [
     argparse.Namespace,  # published DynamicViT files carry their arguments so
-    *(np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype),
+    *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name not in ("ObjectDType", "VoidDType")),
 ]
 logger = logging.getLogger(__name__)
