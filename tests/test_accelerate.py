@@ -163,7 +163,7 @@ def test_embeddings_are_compared_by_cosine(photos: Path, tmp_path: Path) -> None
 
 def test_a_model_for_its_features(weights: Path, photos: Path, tmp_path: Path, capsys) -> None:
     """Its class token and 16 patches' features beside the dense model's, which it has learned from."""
-    how = "--flops-speedup 1.3 --num-workers 0 --device cpu --batch-size 8 --steps 2 --for features".split()
+    how = "--flops-speedup 1.3 --num-workers 0 --device cpu --batch-size 8 --steps 10 --for features".split()
     assert run(weights, photos, tmp_path / "fast", how=how) == 0
     report, fast = report_of(tmp_path / "fast"), models.from_pretrained(tmp_path / "fast")
     assert fast.spec.scorer == FOR_FEATURES.scorer and fast.spec.place == FOR_FEATURES.place
