@@ -18,7 +18,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from . import huggingface
@@ -438,11 +437,21 @@ def fit_pos_embed(model: nn.Module, weights: StateDict, described: tuple[int, in
         if doubt := doubt_of(source[0, num_prefix:], grid):
             notes.append(f"position embeddings of {num_patches} patches taken as {text_of(grid)}{doubt}")
     if grid != wanted:
-        weights["pos_embed"] = resample_abs_pos_embed(source, wanted, grid, num_prefix)
+        weights["pos_embed"] = resample(source, num_prefix, grid, wanted)
         notes.append(
             f"position embeddings interpolated from {text_of(grid)} to {text_of(wanted)} patches{pixels(model, grid)}"
         )
     return notes
+
+
+def resample(positions: Tensor, num_prefix: int, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """(1, P+N, C) position embeddings of a grid of patches -> those of another.
+
+    As timm's resample_abs_pos_embed, which before timm 1.0.28 does nothing where only the grid's shape differs.
+    """
+    patches = positions[:, num_prefix:].float().transpose(1, 2).unflatten(2, grid)
+    patches = F.interpolate(patches, size=wanted, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    return torch.cat([positions[:, :num_prefix], patches.to(positions.dtype)], dim=1)
 
 
 def pixels(model: nn.Module, grid: tuple[int, int]) -> str:

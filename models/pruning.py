@@ -52,12 +52,11 @@ def policy_bias(policy: Tensor, num_prefix: int) -> Tensor:
     return (log_policy[:, None, :] * off_diagonal)[:, None]
 
 
-def size_bias(size: Tensor, num_prefix: int, power: float = 1.0) -> Tensor:
-    """(B, K) sizes -> (B, 1, 1, P+K) attention bias: a merged token weighs as many as the patches in it.
+def size_bias(log_size: Tensor, num_prefix: int) -> Tensor:
+    """(B, K) logarithms of sizes -> (B, 1, 1, P+K) attention bias: a merged token weighs as many as the patches in it.
 
-    Proportional attention (ToMe, arXiv 2210.09461, section 3). Prefix tokens have size 1. power: of the sizes.
+    Proportional attention (ToMe, arXiv 2210.09461, section 3). Prefix tokens have size 1.
     """
-    log_size = size.log() if power == 1 else power * size.log()
     return F.pad(log_size, (num_prefix, 0))[:, None, None]
 
 
@@ -332,7 +331,7 @@ class TokenPruning(Dynamic):
             patches = reduced.kept if stage == 0 else tokens.patches.gather(1, reduced.kept)
             tokens.x, tokens.size, tokens.patches = reduced.x, reduced.size, patches
             if reduced.size is not None:
-                bias = size_bias(reduced.size, self.num_prefix_tokens, self.reducer.size_power)
+                bias = size_bias(self.reducer.log_size(reduced.size), self.num_prefix_tokens)
                 tokens.bias = aligned(bias.to(matmul_dtype(reduced.x)))
             run.stages.append(Stage(scores.scores, reduced, patches))
 

@@ -60,12 +60,16 @@ class Reducer(Named):
     """Base of all reducers; REDUCERS["mine"] = Mine() makes the name of your own one known everywhere."""
 
     merges = False  # whether tokens come to stand for several patches, and attention has to be weighted by their size
-    size_power = 1.0  # of a token's size, what its weight in attention is
     hides = False  # whether training may hide tokens instead, as published, so that a learned scorer gets a gradient
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
         """(B, P+N, C) tokens, (B, N) sizes: the patches that each token stands for."""
         raise NotImplementedError
+
+    def log_size(self, size: Tensor) -> Tensor:
+        """What is added to attention's scores of tokens of these sizes. (A number for their power would do, were it
+        not for torch 2.7, which cannot compile a second model with another number.)"""
+        return size.log()
 
 
 class Drop(Reducer):
@@ -92,9 +96,10 @@ class MergeKeepingLength(Merge):
     attention it counts for a little less than the patches in it, as these are not all alike (docs/scores.md)."""
 
     name = "merge_length"
-    size_power = 0.9
-
     keeps_length = True
+
+    def log_size(self, size: Tensor) -> Tensor:
+        return 0.9 * size.log()
 
 
 REDUCERS: dict[str, Reducer] = {reducer.name: reducer for reducer in (Drop(), Merge(), MergeKeepingLength())}

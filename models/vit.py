@@ -73,7 +73,10 @@ class ViTAdapter:
 
     def find_split(self, block: nn.Module) -> Split | None:
         """How to call a block's attention and its MLP one by one; None for a block whose parts are not known."""
-        return next((split for kind, split in self.splits.items() if type(block).forward is kind.forward), None)
+        for kind, split in self.splits.items():  # not next(...), which torch 2.7 cannot compile
+            if type(block).forward is kind.forward:
+                return split
+        return None
 
     def halves(self, vit: VisionTransformer, i: int, tokens: Tokens) -> tuple[Callable, Callable]:
         """Attention and MLP of block i, each with its residual, as functions of (B, P+K, C) tokens."""

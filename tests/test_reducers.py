@@ -101,7 +101,7 @@ def test_large_features_and_sizes_fit_into_float16() -> None:
 def test_size_bias_is_that_many_copies() -> None:
     """softmax(a + log size) by hand: keys of weight e^a, a merged one counted as often as the patches in it."""
     a = torch.tensor([0.0, 1.0, -1.0])  # logits for the class token and two patch tokens
-    weights = (a + size_bias(torch.tensor([[3.0, 2.0]]), num_prefix=1)[0, 0, 0]).softmax(dim=0)
+    weights = (a + size_bias(torch.tensor([[3.0, 2.0]]).log(), num_prefix=1)[0, 0, 0]).softmax(dim=0)
     e = 2.718281828
     total = 1 + 3 * e + 2 / e
     torch.testing.assert_close(weights, torch.tensor([1 / total, 3 * e / total, 2 / e / total]))
