@@ -25,6 +25,7 @@ except ImportError:  # torch brings it on Linux with CUDA only
     triton = tl = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on a CPU, for tests
+COMPILER_IS_WRONG = torch.__version__ < (2, 14)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_NORM = 1e-12  # as in torch.nn.functional.normalize
 
@@ -34,13 +35,18 @@ def available(x: Tensor) -> bool:
 
     Not while a model is exported: what is exported has to run where this file is not.
     """
-    if triton is None or x.dtype not in DTYPES or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if triton is None or x.dtype not in DTYPES or torch.jit.is_tracing() or is_exporting():
         return False
     if INTERPRETED:
         return x.device.type in ("cpu", "cuda")
     if x.device.type != "cuda" or torch.version.hip is not None:  # never seen on ROCm
         return False
     return torch.cuda.get_device_properties(x.device).major >= 8  # Triton multiplies no bfloat16 on older ones
+
+
+def is_exporting() -> bool:
+    """As torch.compiler.is_exporting, for which compilers before torch 2.14 put True in all that they compile."""
+    return torch.compiler._is_exporting_flag if COMPILER_IS_WRONG else torch.compiler.is_exporting()
 
 
 def class_attention(
