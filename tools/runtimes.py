@@ -16,6 +16,7 @@ from dynamicvit.tools.predict import METADATA, Runner, load_onnx
 from torch import Tensor, nn
 
 MAX_ONNX_BYTES = 2**31 - 2**20  # what one file can hold
+LARGEST_BATCH = 2**31 - 1  # torch 2.7 wants one named
 
 # Runs a torch.export program in a process that has nothing but torch.
 RUN_TORCH = """
@@ -47,7 +48,7 @@ def exportable(model: nn.Module, half: bool) -> nn.Module:
 def trace(model: nn.Module, spec: ModelSpec, batch: int | None) -> torch.export.ExportedProgram:
     """batch: None for any number of images."""
     images = torch.randn(2 if batch is None else batch, *data_config(spec)["input_size"])
-    shapes = ({0: torch.export.Dim("batch")},) if batch is None else None
+    shapes = ({0: torch.export.Dim("batch", max=LARGEST_BATCH)},) if batch is None else None
     with torch.no_grad():
         return torch.export.export(model, (images,), dynamic_shapes=shapes)
 
