@@ -58,6 +58,7 @@ PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  #
 CONFIG, PROCESSOR, ENTRY = "config.json", "preprocessor_config.json", "dynamicvit"
 ATTENTIONS = {"dynamicvit_sdpa": "sdpa", "dynamicvit_eager": "eager"}  # ours, and what each one is in a dense model
 PREDICTORS = "score_predictor."
+ANSWERS = ("logits", "image_embeds", "pooler_output")  # what a model is for: the first of these that it gives
 
 
 def kind_of(model_class: type) -> str | None:
@@ -108,10 +109,17 @@ def vision_config(model: nn.Module) -> Any:
 
 
 def answer_of(output: Any) -> Tensor:
-    """(B, classes) logits from what a model has answered, or (B, C) embeddings where it has no classes."""
-    for name in ("logits", "image_embeds", "pooler_output"):
+    """(B, classes) logits from what a model has answered, or (B, C) embeddings where it has no classes.
+
+    A tensor, as all other models answer with, stays as it is. Raises ModelError for what is neither.
+    """
+    if isinstance(output, Tensor):
+        return output
+    for name in ANSWERS:
         if getattr(output, name, None) is not None:
             return output[name]
+    if getattr(output, "last_hidden_state", None) is None:
+        raise ModelError(f"a {type(output).__name__} has neither logits nor an embedding: give a model that gives one")
     return output.last_hidden_state.mean(dim=1)
 
 
@@ -288,7 +296,7 @@ class DynamicVision(Dynamic):
     """Mixin in front of a transformers model's own class, whose name it keeps: files, pipelines and the record of
     hidden states go by it."""
 
-    keeps_map, merge_streams = False, False
+    keeps_map, merge_streams, tokens_are_logits = False, False, False
     adapter: "HuggingFaceAdapter"
     num_layers: int
     num_prefix_tokens: int
@@ -298,6 +306,7 @@ class DynamicVision(Dynamic):
     # what needs nothing but the names above
     tokens_kept, hides = TokenPruning.tokens_kept, TokenPruning.hides
     shorten, look = TokenPruning.shorten, TokenPruning.look
+    combine = staticmethod(lambda logits, tokens: logits)  # what labels are compared with
 
     @Dynamic.keep_rates.setter
     def keep_rates(self, keep_rates: Sequence[float]) -> None:
@@ -428,8 +437,7 @@ class HuggingFaceAdapter:
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """(height, width) of the images that the model is used for: some position tables are larger."""
-        side = spec_of(model).img_size
-        return pair(side)
+        return pair(description_of(model).img_size)
 
     def map_published(self, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         return weights
@@ -477,7 +485,7 @@ class HuggingFaceAdapter:
     def change(self, model: nn.Module, parts: Parts, plan: Plan, keep_rates: tuple[float, ...]) -> None:
         """All checks have passed."""
         register_attention()
-        spec = spec_of(model)
+        spec = description_of(model)
         configs: dict[int, Any] = {}  # copies, so that others made from the same config stay dense
         for part in model.modules():
             if (config := vars(part).get("config")) is not None:
@@ -523,7 +531,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
             names = None
     size = one_side(pair(vision_config(model).image_size))
     kind = kind_of(type(model))
-    preprocessing, crop = read_processor(find_processor(config.name_or_path), KINDS[kind])
+    preprocessing, crop = said_preprocessing(model) or (KINDS[kind], None)
     if crop is not None and kind.startswith("dinov2"):  # its table of positions is interpolated
         size = crop
     return ModelSpec(
@@ -534,6 +542,18 @@ def spec_of(model: nn.Module) -> ModelSpec:
         preprocessing=preprocessing,
         class_names=names,
     )
+
+
+def description_of(model: nn.Module) -> ModelSpec:
+    """As it was changed since it was loaded, of a dense model or a dynamic one."""
+    return getattr(model, "spec", None) or spec_of(model)
+
+
+def said_preprocessing(model: nn.Module) -> tuple[Preprocessing, int | None] | None:
+    """What the preprocessor_config.json beside the model's weights says, with the side of its crop; None where there
+    is none that can be read."""
+    path = find_processor(model.config.name_or_path)
+    return path and read_processor(path)
 
 
 def find_processor(name_or_path: str) -> Path | None:
@@ -551,10 +571,8 @@ def find_processor(name_or_path: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def read_processor(path: Path | None, otherwise: Preprocessing) -> tuple[Preprocessing, int | None]:
-    """What transformers' image processor does, and the side of its crop; otherwise, where no file says it."""
-    if path is None:
-        return otherwise, None
+def read_processor(path: Path) -> tuple[Preprocessing, int | None] | None:
+    """What transformers' image processor does, and the side of its crop; None for a file that does not say it."""
     try:
         content = json.loads(path.read_text())
         sides = (content.get("size"), content.get("crop_size") if content.get("do_center_crop", True) else None)
@@ -567,7 +585,7 @@ def read_processor(path: Path | None, otherwise: Preprocessing) -> tuple[Preproc
         )
         return preprocessing, crop or resized
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return otherwise, None
+        return None
 
 
 def side_of(size: Any) -> int | None:
@@ -630,7 +648,7 @@ def load_dense(folder: str | Path) -> nn.Module:
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    model.built_as = spec_of(model)
+    model.spec = spec_of(model)
     return model.eval()
 
 
