@@ -9,9 +9,11 @@ queries and keys, and a hook behind the last layer gives every patch its token b
 import copy
 import functools
 import json
+import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -605,11 +607,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def is_saved_by_transformers(folder: str | Path) -> bool:
     """Whether it is a folder that a transformers model's save_pretrained has written."""
-    return "model_type" in read_config(Path(folder))
+    return bool(str(folder)) and "model_type" in read_config(Path(folder))
 
 
 def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None, notes: Mapping[str, Any]) -> None:
-    """By the model's own method. notes: how it was made, kept in its config. Raises CheckpointError."""
+    """By the model's own method, and beside it how images are prepared. notes: how it was made, kept in its config.
+    Raises CheckpointError."""
     if class_names is not None:
         if len(class_names) != model.config.num_labels:
             raise CheckpointError(f"{len(class_names)} class names for {model.config.num_labels} classes")
@@ -617,10 +620,66 @@ def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None
         model.config.label2id = {name: i for i, name in enumerate(class_names)}
     if notes and isinstance(entry := getattr(model.config, ENTRY, None), Mapping):
         setattr(model.config, ENTRY, {**entry, "notes": json.loads(json.dumps(notes, default=str))})
+    processor = processor_text(model)
     try:
-        model.save_pretrained(str(folder))
+        with quiet_transformers():
+            model.save_pretrained(str(folder))
+        Path(folder, PROCESSOR).write_text(processor, encoding="utf-8")
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot save the model in {folder} ({error})") from error
+
+
+def processor_text(model: nn.Module) -> str:
+    """Of a preprocessor_config.json: the one that the model came with, or a new one where that says something else."""
+    spec, path = description_of(model), find_processor(model.config.name_or_path)
+    how, (height, width) = spec.preprocessing, pair(spec.img_size)
+    if path is not None and (read_processor(path) or [None])[0] == how:
+        return path.read_text()
+    content = {
+        "image_processor_type": "CLIPImageProcessor",  # does what timm's transform does
+        **{f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
+        "size": {"shortest_edge": round(min(height, width) / how.crop_pct)},
+        "crop_size": {"height": height, "width": width},
+        "resample": PIL_FILTERS.index(how.interpolation),
+        "rescale_factor": 1 / 255,
+        "image_mean": list(how.mean),
+        "image_std": list(how.std),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def hub_name(model: nn.Module) -> str:
+    """Where a model comes from, if that is the hub."""
+    name = model.config.name_or_path or ""
+    if match := re.search(r"models--([\w.\-]+?)--([\w.\-]+)/snapshots/", name):  # a folder in the hub's cache
+        return f"{match[1]}/{match[2]}"
+    return name if re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) and not Path(name).exists() else ""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Its progress bars, and the predictors, which it does not know, are no news."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def new_dense(model: nn.Module) -> nn.Module:
+    """The dense model that a transformers model is, or was before it was made dynamic, with fresh weights."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.name_or_path = model.config.name_or_path
+    vars(config).pop(ENTRY, None)
+    dense = getattr(model, "backbone_class", type(model))(config)
+    dense.spec = description_of(model).as_dense()
+    return dense.eval()
 
 
 def load_dense(folder: str | Path) -> nn.Module:
@@ -638,16 +697,13 @@ def load_dense(folder: str | Path) -> nn.Module:
     is_known = isinstance(model_class, type) and kind_of(model_class) is not None
     if not is_known and not (architecture == "AutoModel" and content["model_type"] in MODEL_TYPES):
         raise CheckpointError(f"{folder} has a transformers {architecture}; these can be dynamic: {', '.join(KINDS)}")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the predictors, which it does not know, are no news
     try:
-        model = model_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        with quiet_transformers():
+            model = model_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # of any type, by what is missing or does not fit
         raise CheckpointError(
             f"{folder} cannot be loaded by transformers ({str(error).strip().splitlines()[0]})"
         ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     model.spec = spec_of(model)
     return model.eval()
 

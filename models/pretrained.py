@@ -77,9 +77,10 @@ def from_pretrained(
     A folder of a dynamic transformers model is loaded by transformers, in the precision that it was saved in.
     Raises CheckpointError for anything missing or not fitting.
     """
-    if str(source) and huggingface.is_saved_by_transformers(source):
-        return load_transformers(Path(source))
-    content = read_checkpoint(source, revision)
+    folder = fetched(source, revision)
+    if huggingface.is_saved_by_transformers(folder):
+        return load_transformers(Path(folder))
+    content = read_checkpoint(folder)
     spec = spec_of(content)
     if spec is None:
         raise CheckpointError(
@@ -93,6 +94,12 @@ def from_pretrained(
     if spec.dense:  # a dynamic model has them by itself
         model.data_config, model.class_names = data_config(model.spec), model.spec.class_names
     return model.eval()
+
+
+def fetched(source: str | Path, revision: str | None = None) -> str | Path:
+    """A model on the hub as its folder in the cache; whatever else it is, as it is."""
+    path = checkpoint_in(source)
+    return source if not str(source).strip() or path.exists() else download(str(source), revision)
 
 
 def load_transformers(folder: Path) -> nn.Module:

@@ -87,10 +87,15 @@ def save_pretrained(
     back before it gets its name; a folder that could not be written to its end is refused by from_pretrained.
     A README.md that somebody else wrote is left as it is. Raises ModelError if the model could not be built again
     from its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
-    the stages in its config.
+    the stages in its config and a preprocessor_config.json beside it.
     """
     if isinstance(model, huggingface.PreTrainedVisionModel):
         huggingface.save(model, folder, class_names, notes)
+        spec, origin = huggingface.description_of(model), huggingface.hub_name(model)
+        try:
+            write_card(Path(folder), spec, notes, origin)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {Path(folder, CARD)} ({first_line(error)})") from error
         return
     spec = describe_model(model, class_names)
     folder = Path(folder)
@@ -108,8 +113,7 @@ def save_pretrained(
         check_shapes(build_on_meta(read_config(config)[0], config), weights)
         os.replace(weights, folder / WEIGHTS)
         os.replace(config, folder / CONFIG)
-        if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(errors="replace"):
-            (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes)), encoding="utf-8")
+        write_card(folder, spec, notes)
     except (OSError, RuntimeError, SafetensorError, ModelError) as error:
         for path in (weights, config):
             with suppress(OSError):
@@ -117,6 +121,12 @@ def save_pretrained(
         raise CheckpointError(f"cannot save the model in {folder} ({first_line(error)})") from error
     for line in requirements(spec):
         logger.warning("%s: to load it, first %s", folder, line)
+
+
+def write_card(folder: Path, spec: ModelSpec, notes: Mapping[str, Any], origin: str | None = None) -> None:
+    """Unless there is one that somebody else wrote. origin: see model_card."""
+    if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(errors="replace"):
+        (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes), origin), encoding="utf-8")
 
 
 def push_to_hub(
@@ -322,18 +332,21 @@ def check_shapes(model: nn.Module, path: Path) -> None:
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The folder in the hub's cache that holds a model's two files. name: user/name, also with hf-hub: before it
-    and @revision after it."""
+    """The folder in the hub's cache that holds a model's two files, or those that transformers wrote. name: user/name,
+    also with hf-hub: before it and @revision after it."""
     match = HUB_NAME.fullmatch(name)
     if match is None or name.endswith(FILE_ENDINGS):
         raise CheckpointError(f"no such file{'' if name.endswith(FILE_ENDINGS) else ' or folder'}: {name}")
     repository, revision = match[1], revision or match[2]
     try:
-        from huggingface_hub import hf_hub_download, logging  # slow to import, and needed here alone
+        from huggingface_hub import hf_hub_download, logging, snapshot_download  # slow to import, and needed here alone
 
         logging.set_verbosity_error()  # the error below says it; it need not be announced at every try
         with offline_if_unreachable():
             config = Path(hf_hub_download(repository, CONFIG, revision=revision))
+            if huggingface.is_saved_by_transformers(config.parent):
+                patterns = [CONFIG, huggingface.PROCESSOR, "model*.safetensors*"]
+                return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
             read_config(config)  # before gigabytes are loaded for nothing
             weights = Path(hf_hub_download(repository, WEIGHTS, revision=revision))
     except CheckpointError:

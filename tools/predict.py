@@ -24,6 +24,7 @@ from dynamicvit.errors import ImageError, UserError, exit_status
 from dynamicvit.image_files import list_images, open_image
 from dynamicvit.models import ModelSpec, from_pretrained, gives_embeddings
 from dynamicvit.models.describe import data_config
+from dynamicvit.models.huggingface import answer_of
 from dynamicvit.models.saved import first_line, parse_config
 from dynamicvit.options import OneLineParser
 from dynamicvit.runs.whole import check_writable, whole_file
@@ -148,7 +149,7 @@ def csv_header(records: list[dict[str, Any]]) -> Iterator[str]:
 
 def load_torch(source: str) -> tuple[Runner, ModelSpec]:
     model = from_pretrained(source)
-    return torch.inference_mode()(model), model.spec
+    return torch.inference_mode()(lambda images: answer_of(model(images))), model.spec
 
 
 def load_onnx(path: Path) -> tuple[Runner, ModelSpec]:
