@@ -36,10 +36,10 @@ def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any], origin: str
     if notes:
         lines += ["| | |", "|---|---|", *rows(notes), ""]
     result, call, part = ("logits" if spec.num_classes else "embedding"), "model", ""
-    if origin is not None:
-        result, part = ("logits", ".logits") if spec.num_classes else ("tokens", ".last_hidden_state")
-    elif features:
+    if features:
         result, call = "tokens", "model.forward_features"
+    elif origin is not None:
+        result, part = ("logits", ".logits") if spec.num_classes else ("tokens", ".last_hidden_state")
     lines += [
         "```python",
         "import dynamicvit, timm.data",

@@ -106,6 +106,10 @@ def parts_of(model: nn.Module) -> Parts:
     return Parts(tower, layers, callers)
 
 
+def tower_features(model: nn.Module, images: Tensor) -> Tensor:
+    return parts_of(model).tower(images)[0]
+
+
 def vision_config(model: nn.Module) -> Any:
     return getattr(model.config, "vision_config", model.config)
 
@@ -337,9 +341,16 @@ class DynamicVision(Dynamic):
         output, run = self.watch(images)
         stages = run.forward.stages
         kept = [stage.patches for stage in stages]
-        patch = vision_config(self).patch_size
-        rows, columns = (side // step for side, step in zip(images.shape[-2:], pair(patch), strict=True))
-        return Trace(answer_of(output), kept, spread_scores(stages), trace_groups(stages), (rows, columns))
+        return Trace(answer_of(output), kept, spread_scores(stages), trace_groups(stages), self.grid(images))
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches that images of this size have."""
+        patch = pair(vision_config(self).patch_size)
+        return tuple(side // step for side, step in zip(images.shape[-2:], patch, strict=True))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, P+N, C) tokens, one for every patch, as timm's models give them: last_hidden_state."""
+        return tower_features(self, images)
 
     def watch(self, images: Tensor) -> tuple[Any, Pass]:
         _passes.watched = []
