@@ -153,10 +153,13 @@ def push_to_hub(
             save_pretrained(model, folder, class_names, **notes)
         elif class_names is not None or notes:
             raise ModelError("class names and notes are those of the folder; give them to save_pretrained")
-        spec, _ = read_saved(folder)  # nothing that could not be loaded is published
-        card = (folder / CARD).read_text() if (folder / CARD).is_file() else model_card(spec, folder.resolve().name, {})
+        spec, origin = check_saved(folder)  # nothing that could not be loaded is published
+        text = model_card(spec, folder.resolve().name, {}, origin)
+        card = (folder / CARD).read_text() if (folder / CARD).is_file() else text
         card = card.replace(f'from_pretrained("{folder.resolve().name}")', f'from_pretrained("{name}")')
         files = {WEIGHTS: str(folder / WEIGHTS), CONFIG: str(folder / CONFIG), CARD: card.encode()}
+        if (processor := folder / huggingface.PROCESSOR).is_file():
+            files[processor.name] = str(processor)
         try:
             from huggingface_hub import CommitOperationAdd, HfApi  # slow to import, and needed here alone
 
@@ -168,6 +171,15 @@ def push_to_hub(
                 f"cannot publish {name} ({first_line(error)}); log in with `hf auth login`, or give token="
             ) from error
     return str(address)
+
+
+def check_saved(folder: Path) -> tuple[ModelSpec, str | None]:
+    """The description of a saved model that can be loaded, and model_card's origin. Raises CheckpointError."""
+    if not huggingface.is_saved_by_transformers(folder):
+        return read_saved(folder)[0], None
+    model = huggingface.load_dense(folder)
+    huggingface.stages_in(model, folder)
+    return model.spec, huggingface.hub_name(model)
 
 
 def requirements(spec: ModelSpec) -> list[str]:
@@ -339,15 +351,17 @@ def download(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"no such file{'' if name.endswith(FILE_ENDINGS) else ' or folder'}: {name}")
     repository, revision = match[1], revision or match[2]
     try:
-        from huggingface_hub import hf_hub_download, logging, snapshot_download  # slow to import, and needed here alone
+        from huggingface_hub import hf_hub_download, logging  # slow to import, and needed here alone
+        from huggingface_hub.errors import EntryNotFoundError
 
         logging.set_verbosity_error()  # the error below says it; it need not be announced at every try
         with offline_if_unreachable():
             config = Path(hf_hub_download(repository, CONFIG, revision=revision))
             if huggingface.is_saved_by_transformers(config.parent):
-                patterns = [CONFIG, huggingface.PROCESSOR, "model*.safetensors*"]
-                return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-            read_config(config)  # before gigabytes are loaded for nothing
+                with suppress(EntryNotFoundError):  # not every model has one
+                    hf_hub_download(repository, huggingface.PROCESSOR, revision=revision)
+            else:
+                read_config(config)  # before gigabytes are loaded for nothing
             weights = Path(hf_hub_download(repository, WEIGHTS, revision=revision))
     except CheckpointError:
         raise
