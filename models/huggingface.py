@@ -724,7 +724,8 @@ def stages_in(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     entry = getattr(model.config, ENTRY, None)
     if not isinstance(entry, Mapping):
         raise CheckpointError(
-            f"{folder} has a dense transformers model: make it dynamic by make_dynamic(model, speedup=1.6)"
+            f"{folder} has a dense transformers model: make it dynamic by dynamicvit accelerate, or in Python by "
+            "make_dynamic(model, speedup=1.6)"
         )
     names = ("pruning_loc", "keep_rates", "scorer", "reducer", "place")
     missing = [name for name in names if name not in entry]

@@ -35,6 +35,7 @@ from .saved import (
 from .spec import CheckpointError, ModelSpec, StateDict, check_values, shown
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+SCRIPT = "download_pretrain.sh"  # beside it in a clone; not in the installed package
 BEST, LAST = "checkpoint_best.pth", "checkpoint_last.pth"  # in a run's folder
 EXPORTED = (".onnx", ".pt2")
 AVERAGES = ("state_dict_ema", "model_ema")  # timm's and DeiT's names of the weights' moving average
@@ -49,8 +50,8 @@ FOREIGN = {
     r"encoder\.layers\.encoder_layer_\d+\.": "torchvision's, whose layers have other names than timm's; take timm's "
     "weights of the same architecture",
     r"(.*\.)?(embeddings\.patch_embeddings?\.|encoder\.layers?\.\d+\.(self_attn|attention)\.)": "of Hugging Face's "
-    "transformers, whose layers have other names than timm's; load them with transformers, or take timm's of the "
-    "same architecture",
+    "transformers, whose layers have other names than timm's; give accelerate the folder that save_pretrained "
+    "wrote, or load them with transformers",
 }
 ROOM = 2**26  # bytes that a model may need beyond twice those of its weights
 CONFIRMED = 0.2  # mean similarity of neighbours from which position embeddings are taken for a grid
@@ -354,7 +355,9 @@ def published_weights(arch: str) -> StateDict:
     if name is None:
         raise CheckpointError(f"no weights are published for {arch}")
     if not (PRETRAINED / name).is_file():
-        raise CheckpointError(f"no dense weights {PRETRAINED / name}; get them: sh download_pretrain.sh {arch}")
+        if (PRETRAINED.parent / SCRIPT).is_file():
+            raise CheckpointError(f"no dense weights {PRETRAINED / name}; get them: sh {SCRIPT} {arch}")
+        raise CheckpointError(f"no dense weights of {arch}; {SCRIPT}, in a clone of this project, gets {name}")
     return find_weights(read_checkpoint(PRETRAINED / name))
 
 

@@ -1,9 +1,9 @@
 """Writes a saved model for other runtimes, checks each file against PyTorch, and measures it against dense.
 
-python -m tools.export fast/ --onnx fast.onnx              # ONNX, for one image at a time
-python -m tools.export fast/ --onnx fast.onnx --dynamic-batch
-python -m tools.export fast/ --torch fast.pt2              # torch.export: loads without this code
-python -m tools.export fast/ --aoti fast_cpu.pt2           # AOTInductor: compiled for this machine
+dynamicvit export fast/ --onnx fast.onnx              # ONNX, for one image at a time
+dynamicvit export fast/ --onnx fast.onnx --dynamic-batch
+dynamicvit export fast/ --torch fast.pt2              # torch.export: loads without this code
+dynamicvit export fast/ --aoti fast_cpu.pt2           # AOTInductor: compiled for this machine
 """
 
 import argparse
