@@ -279,7 +279,7 @@ def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str 
         if "model" not in content and "architecture" in content:
             return spec_of_timm(content), None
         if "model" not in content and {"model_type", "architectures", "transformers_version"} & set(content):
-            raise ModelError("it is of Hugging Face's transformers: load it there, and make the loaded model dynamic")
+            raise ModelError("it is of Hugging Face's transformers: dynamicvit accelerate, predict and export take it")
         spec = ModelSpec.from_dict(content["model"])
         digest = str(content["sha256"])
     except Exception as error:  # a hostile file can be wrong in any way, down to numbers of thousands of digits
