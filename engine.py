@@ -12,6 +12,7 @@ from dynamicvit.errors import UserError
 from dynamicvit.losses import cosine_distance, kl_divergence
 from dynamicvit.models import gives_embeddings
 from dynamicvit.models.features import FeatureExtractor
+from dynamicvit.models.huggingface import answer_of
 from dynamicvit.optim import Trainer, set_rates
 from dynamicvit.runs.clocks import Eta
 from dynamicvit.utils import derive_seed, gather, get_rank, get_world_size, log, set_seed, sum_over_processes
@@ -152,8 +153,8 @@ def evaluate(
     for images, labels in loader:
         labels, images = labels.to(device, non_blocking=True), batch_transform(images)
         with autocast(device, amp_dtype):
-            outputs = model(images).float()
-            dense_outputs = None if dense is None else dense(images).float()
+            outputs = answer_of(model(images)).float()
+            dense_outputs = None if dense is None else answer_of(dense(images)).float()
         sums_of = feature_sums if gives_features else batch_sums
         totals += sums_of(outputs, labels, dense_outputs)
     sums = dict(zip(SUMS, (sum_over_processes(totals) if sharded else totals).tolist(), strict=True))

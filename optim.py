@@ -66,9 +66,9 @@ def build_trainer(
     features: it learns the teacher's features and nothing else, whatever the recipe says of losses.
     """
     amp_dtype, preprocessing = pick_amp(recipe.amp, device), model.spec.preprocessing
-    if not model.spec.dense:
+    if not model.spec.dense and not features:
         model.set_distilled_training(True)  # what the losses need, where others want logits
-    mixup = build_mixup(recipe, model.num_classes)
+    mixup = build_mixup(recipe, model.spec.num_classes)
     groups = param_groups(model, recipe.weight_decay, recipe.decay_new_biases)
     ema = MovingAverage(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
     scaler = build_scaler(device, amp_dtype)

@@ -127,17 +127,17 @@ def forget_earlier_starts(store: dist.Store, rank: int, world_size: int) -> dist
 def pick_device(name: str) -> torch.device:
     """'auto' is this process's GPU if there is one, else the CPU. Raises LaunchError."""
     if name not in ("auto", "cuda", "cpu"):
-        raise LaunchError(f"unknown --device {name}; known: auto, cuda, cpu")
+        raise LaunchError(f"unknown device {name}; known: auto, cuda, cpu")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         built_for_gpus = torch.version.cuda or torch.version.hip
         if name == "auto" and built_for_gpus and is_main_process():
             warn_once(
                 "this PyTorch is built for GPUs, but finds none that it can use: computing on the CPU "
-                "(--device cpu silences this)"
+                "(device cpu, as --device cpu in a command, silences this)"
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise LaunchError("--device cuda, but torch sees no GPU here; use --device cpu")
+        raise LaunchError("device cuda is asked for, but torch sees no GPU here; use cpu")
     index = whole_number("LOCAL_RANK", 0, MAX_PROCESSES) if "LOCAL_RANK" in os.environ else 0
     if index >= torch.cuda.device_count():
         raise LaunchError(f"more processes than the {torch.cuda.device_count()} GPU(s) here; lower --nproc_per_node")

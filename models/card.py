@@ -11,11 +11,12 @@ from .spec import ModelSpec
 CARD_MARK = "<!-- Written by save_pretrained, anew each time; remove this line to keep your changes. -->"
 
 
-def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any]) -> str:
+def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any], origin: str | None = None) -> str:
     """What the model is, what it is based on, what was measured of it (notes), and how to use it.
 
     name: the folder's or user/name, by which from_pretrained loads it. notes: see save_pretrained; of these
-    "license" goes into the header, in place of that of timm's weights.
+    "license" goes into the header, in place of that of timm's weights. origin: of a transformers model, the name on
+    the hub that it comes from, or an empty one.
     """
     base = get_pretrained_cfg(spec.arch, allow_unregistered=True)
     notes = dict(notes)
@@ -24,7 +25,7 @@ def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any]) -> str:
     header = {
         "library_name": "dynamicvit",
         "pipeline_tag": "image-classification" if spec.num_classes and not features else "image-feature-extraction",
-        "base_model": base and base.hf_hub_id,
+        "base_model": origin or (base and base.hf_hub_id),
         "license": licence,
     }
     lines = ["---", *(f"{key}: {value}" for key, value in header.items() if value), "tags:"]
@@ -34,15 +35,17 @@ def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any]) -> str:
         lines += ["It is for features, one for every patch; its own predictions were not looked at.", ""]
     if notes:
         lines += ["| | |", "|---|---|", *rows(notes), ""]
-    result, call = ("logits" if spec.num_classes else "embedding"), "model"
+    result, call, part = ("logits" if spec.num_classes else "embedding"), "model", ""
     if features:
         result, call = "tokens", "model.forward_features"
+    elif origin is not None:
+        result, part = ("logits", ".logits") if spec.num_classes else ("tokens", ".last_hidden_state")
     lines += [
         "```python",
         "import dynamicvit, timm.data",
         f'model = dynamicvit.from_pretrained("{name}")',
         "transform = timm.data.create_transform(**model.data_config)",
-        f"{result} = {call}(transform(image)[None])",
+        f"{result} = {call}(transform(image)[None]){part}",
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -3,22 +3,31 @@
 import torch
 from torch import Tensor, nn
 
+from .huggingface import PreTrainedVisionModel, tower_features
+
+
+def features_of(model: nn.Module, images: Tensor) -> Tensor:
+    """(B, 3, H, W) images -> (B, P+N, C) tokens behind the last block: prefix tokens, then one for every patch."""
+    if hasattr(model, "forward_features"):
+        return model.forward_features(images)
+    return tower_features(model, images)  # a dense transformers model has no such method
+
 
 class FeatureExtractor(nn.Module):
     """Gives every patch's feature where the model itself gives its prediction.
 
-    model: of timm or ours, dense or dynamic; it stays the same object, by the name `model`.
+    model: of timm, of transformers or ours, dense or dynamic; it stays the same object, by the name `model`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if not hasattr(model, "forward_features"):
+        if not hasattr(model, "forward_features") and not isinstance(model, PreTrainedVisionModel):
             raise ValueError(f"a {type(model).__name__} gives no features")
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, P+N, C) normed tokens: prefix tokens, then one for every patch."""
-        return self.model.forward_features(images)
+        return features_of(self.model, images)
 
 
 class FeatureTeacher(FeatureExtractor):

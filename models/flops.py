@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .features import features_of
+
 
 def count_gflops(model: nn.Module, img_size: int | tuple[int, int], features: bool = False) -> float:
     """Multiply-adds of the evaluation forward on one image, in 1e9; with features of forward_features, all tokens' last
@@ -23,7 +25,7 @@ def count_gflops(model: nn.Module, img_size: int | tuple[int, int], features: bo
     shadow = copy.deepcopy(model).to("meta", torch.float32).eval().requires_grad_(False)
     images = torch.empty(1, 3, height, width, device="meta")
     with torch.no_grad():
-        return gflops_of(lambda: shadow.forward_features(images) if features else shadow(images))
+        return gflops_of(lambda: features_of(shadow, images) if features else shadow(images))
 
 
 def gflops_of(run: Callable[[], object]) -> float:

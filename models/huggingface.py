@@ -9,9 +9,11 @@ queries and keys, and a hook behind the last layer gives every patch its token b
 import copy
 import functools
 import json
+import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +60,7 @@ PIL_FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  #
 CONFIG, PROCESSOR, ENTRY = "config.json", "preprocessor_config.json", "dynamicvit"
 ATTENTIONS = {"dynamicvit_sdpa": "sdpa", "dynamicvit_eager": "eager"}  # ours, and what each one is in a dense model
 PREDICTORS = "score_predictor."
+ANSWERS = ("logits", "image_embeds", "pooler_output")  # what a model is for: the first of these that it gives
 
 
 def kind_of(model_class: type) -> str | None:
@@ -103,15 +106,26 @@ def parts_of(model: nn.Module) -> Parts:
     return Parts(tower, layers, callers)
 
 
+def tower_features(model: nn.Module, images: Tensor) -> Tensor:
+    return parts_of(model).tower(images)[0]
+
+
 def vision_config(model: nn.Module) -> Any:
     return getattr(model.config, "vision_config", model.config)
 
 
 def answer_of(output: Any) -> Tensor:
-    """(B, classes) logits from what a model has answered, or (B, C) embeddings where it has no classes."""
-    for name in ("logits", "image_embeds", "pooler_output"):
+    """(B, classes) logits from what a model has answered, or (B, C) embeddings where it has no classes.
+
+    A tensor, as all other models answer with, stays as it is. Raises ModelError for what is neither.
+    """
+    if isinstance(output, Tensor):
+        return output
+    for name in ANSWERS:
         if getattr(output, name, None) is not None:
             return output[name]
+    if getattr(output, "last_hidden_state", None) is None:
+        raise ModelError(f"a {type(output).__name__} has neither logits nor an embedding: give a model that gives one")
     return output.last_hidden_state.mean(dim=1)
 
 
@@ -288,7 +302,7 @@ class DynamicVision(Dynamic):
     """Mixin in front of a transformers model's own class, whose name it keeps: files, pipelines and the record of
     hidden states go by it."""
 
-    keeps_map, merge_streams = False, False
+    keeps_map, merge_streams, tokens_are_logits = False, False, False
     adapter: "HuggingFaceAdapter"
     num_layers: int
     num_prefix_tokens: int
@@ -298,6 +312,7 @@ class DynamicVision(Dynamic):
     # what needs nothing but the names above
     tokens_kept, hides = TokenPruning.tokens_kept, TokenPruning.hides
     shorten, look = TokenPruning.shorten, TokenPruning.look
+    combine = staticmethod(lambda logits, tokens: logits)  # what labels are compared with
 
     @Dynamic.keep_rates.setter
     def keep_rates(self, keep_rates: Sequence[float]) -> None:
@@ -326,9 +341,16 @@ class DynamicVision(Dynamic):
         output, run = self.watch(images)
         stages = run.forward.stages
         kept = [stage.patches for stage in stages]
-        patch = vision_config(self).patch_size
-        rows, columns = (side // step for side, step in zip(images.shape[-2:], pair(patch), strict=True))
-        return Trace(answer_of(output), kept, spread_scores(stages), trace_groups(stages), (rows, columns))
+        return Trace(answer_of(output), kept, spread_scores(stages), trace_groups(stages), self.grid(images))
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches that images of this size have."""
+        patch = pair(vision_config(self).patch_size)
+        return tuple(side // step for side, step in zip(images.shape[-2:], patch, strict=True))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, P+N, C) tokens, one for every patch, as timm's models give them: last_hidden_state."""
+        return tower_features(self, images)
 
     def watch(self, images: Tensor) -> tuple[Any, Pass]:
         _passes.watched = []
@@ -428,8 +450,7 @@ class HuggingFaceAdapter:
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """(height, width) of the images that the model is used for: some position tables are larger."""
-        side = spec_of(model).img_size
-        return pair(side)
+        return pair(description_of(model).img_size)
 
     def map_published(self, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         return weights
@@ -477,7 +498,7 @@ class HuggingFaceAdapter:
     def change(self, model: nn.Module, parts: Parts, plan: Plan, keep_rates: tuple[float, ...]) -> None:
         """All checks have passed."""
         register_attention()
-        spec = spec_of(model)
+        spec = description_of(model)
         configs: dict[int, Any] = {}  # copies, so that others made from the same config stay dense
         for part in model.modules():
             if (config := vars(part).get("config")) is not None:
@@ -523,7 +544,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
             names = None
     size = one_side(pair(vision_config(model).image_size))
     kind = kind_of(type(model))
-    preprocessing, crop = read_processor(find_processor(config.name_or_path), KINDS[kind])
+    preprocessing, crop = said_preprocessing(model) or (KINDS[kind], None)
     if crop is not None and kind.startswith("dinov2"):  # its table of positions is interpolated
         size = crop
     return ModelSpec(
@@ -534,6 +555,18 @@ def spec_of(model: nn.Module) -> ModelSpec:
         preprocessing=preprocessing,
         class_names=names,
     )
+
+
+def description_of(model: nn.Module) -> ModelSpec:
+    """As it was changed since it was loaded, of a dense model or a dynamic one."""
+    return getattr(model, "spec", None) or spec_of(model)
+
+
+def said_preprocessing(model: nn.Module) -> tuple[Preprocessing, int | None] | None:
+    """What the preprocessor_config.json beside the model's weights says, with the side of its crop; None where there
+    is none that can be read."""
+    path = find_processor(model.config.name_or_path)
+    return path and read_processor(path)
 
 
 def find_processor(name_or_path: str) -> Path | None:
@@ -551,10 +584,8 @@ def find_processor(name_or_path: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def read_processor(path: Path | None, otherwise: Preprocessing) -> tuple[Preprocessing, int | None]:
-    """What transformers' image processor does, and the side of its crop; otherwise, where no file says it."""
-    if path is None:
-        return otherwise, None
+def read_processor(path: Path) -> tuple[Preprocessing, int | None] | None:
+    """What transformers' image processor does, and the side of its crop; None for a file that does not say it."""
     try:
         content = json.loads(path.read_text())
         sides = (content.get("size"), content.get("crop_size") if content.get("do_center_crop", True) else None)
@@ -567,7 +598,7 @@ def read_processor(path: Path | None, otherwise: Preprocessing) -> tuple[Preproc
         )
         return preprocessing, crop or resized
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return otherwise, None
+        return None
 
 
 def side_of(size: Any) -> int | None:
@@ -587,11 +618,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def is_saved_by_transformers(folder: str | Path) -> bool:
     """Whether it is a folder that a transformers model's save_pretrained has written."""
-    return "model_type" in read_config(Path(folder))
+    return bool(str(folder)) and "model_type" in read_config(Path(folder))
 
 
 def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None, notes: Mapping[str, Any]) -> None:
-    """By the model's own method. notes: how it was made, kept in its config. Raises CheckpointError."""
+    """By the model's own method, and beside it how images are prepared. notes: how it was made, kept in its config.
+    Raises CheckpointError."""
     if class_names is not None:
         if len(class_names) != model.config.num_labels:
             raise CheckpointError(f"{len(class_names)} class names for {model.config.num_labels} classes")
@@ -599,10 +631,66 @@ def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None
         model.config.label2id = {name: i for i, name in enumerate(class_names)}
     if notes and isinstance(entry := getattr(model.config, ENTRY, None), Mapping):
         setattr(model.config, ENTRY, {**entry, "notes": json.loads(json.dumps(notes, default=str))})
+    processor = processor_text(model)
     try:
-        model.save_pretrained(str(folder))
+        with quiet_transformers():
+            model.save_pretrained(str(folder))
+        Path(folder, PROCESSOR).write_text(processor, encoding="utf-8")
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot save the model in {folder} ({error})") from error
+
+
+def processor_text(model: nn.Module) -> str:
+    """Of a preprocessor_config.json: the one that the model came with, or a new one where that says something else."""
+    spec, path = description_of(model), find_processor(model.config.name_or_path)
+    how, (height, width) = spec.preprocessing, pair(spec.img_size)
+    if path is not None and (read_processor(path) or [None])[0] == how:
+        return path.read_text()
+    content = {
+        "image_processor_type": "CLIPImageProcessor",  # does what timm's transform does
+        **{f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
+        "size": {"shortest_edge": round(min(height, width) / how.crop_pct)},
+        "crop_size": {"height": height, "width": width},
+        "resample": PIL_FILTERS.index(how.interpolation),
+        "rescale_factor": 1 / 255,
+        "image_mean": list(how.mean),
+        "image_std": list(how.std),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def hub_name(model: nn.Module) -> str:
+    """Where a model comes from, if that is the hub."""
+    name = model.config.name_or_path or ""
+    if match := re.search(r"models--([\w.\-]+?)--([\w.\-]+)/snapshots/", name):  # a folder in the hub's cache
+        return f"{match[1]}/{match[2]}"
+    return name if re.fullmatch(r"[\w.\-]+/[\w.\-]+", name) and not Path(name).exists() else ""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Its progress bars, and the predictors, which it does not know, are no news."""
+    from transformers import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def new_dense(model: nn.Module) -> nn.Module:
+    """The dense model that a transformers model is, or was before it was made dynamic, with fresh weights."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.name_or_path = model.config.name_or_path
+    vars(config).pop(ENTRY, None)
+    dense = getattr(model, "backbone_class", type(model))(config)
+    dense.spec = description_of(model).as_dense()
+    return dense.eval()
 
 
 def load_dense(folder: str | Path) -> nn.Module:
@@ -620,17 +708,14 @@ def load_dense(folder: str | Path) -> nn.Module:
     is_known = isinstance(model_class, type) and kind_of(model_class) is not None
     if not is_known and not (architecture == "AutoModel" and content["model_type"] in MODEL_TYPES):
         raise CheckpointError(f"{folder} has a transformers {architecture}; these can be dynamic: {', '.join(KINDS)}")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the predictors, which it does not know, are no news
     try:
-        model = model_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        with quiet_transformers():
+            model = model_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # of any type, by what is missing or does not fit
         raise CheckpointError(
             f"{folder} cannot be loaded by transformers ({str(error).strip().splitlines()[0]})"
         ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    model.built_as = spec_of(model)
+    model.spec = spec_of(model)
     return model.eval()
 
 
@@ -639,7 +724,8 @@ def stages_in(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     entry = getattr(model.config, ENTRY, None)
     if not isinstance(entry, Mapping):
         raise CheckpointError(
-            f"{folder} has a dense transformers model: make it dynamic by make_dynamic(model, speedup=1.6)"
+            f"{folder} has a dense transformers model: make it dynamic by dynamicvit accelerate, or in Python by "
+            "make_dynamic(model, speedup=1.6)"
         )
     names = ("pruning_loc", "keep_rates", "scorer", "reducer", "place")
     missing = [name for name in names if name not in entry]

@@ -35,6 +35,7 @@ from .saved import (
 from .spec import CheckpointError, ModelSpec, StateDict, check_values, shown
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
+SCRIPT = "download_pretrain.sh"  # beside it in a clone; not in the installed package
 BEST, LAST = "checkpoint_best.pth", "checkpoint_last.pth"  # in a run's folder
 EXPORTED = (".onnx", ".pt2")
 AVERAGES = ("state_dict_ema", "model_ema")  # timm's and DeiT's names of the weights' moving average
@@ -49,8 +50,8 @@ FOREIGN = {
     r"encoder\.layers\.encoder_layer_\d+\.": "torchvision's, whose layers have other names than timm's; take timm's "
     "weights of the same architecture",
     r"(.*\.)?(embeddings\.patch_embeddings?\.|encoder\.layers?\.\d+\.(self_attn|attention)\.)": "of Hugging Face's "
-    "transformers, whose layers have other names than timm's; load them with transformers, or take timm's of the "
-    "same architecture",
+    "transformers, whose layers have other names than timm's; give accelerate the folder that save_pretrained "
+    "wrote, or load them with transformers",
 }
 ROOM = 2**26  # bytes that a model may need beyond twice those of its weights
 CONFIRMED = 0.2  # mean similarity of neighbours from which position embeddings are taken for a grid
@@ -77,9 +78,10 @@ def from_pretrained(
     A folder of a dynamic transformers model is loaded by transformers, in the precision that it was saved in.
     Raises CheckpointError for anything missing or not fitting.
     """
-    if str(source) and huggingface.is_saved_by_transformers(source):
-        return load_transformers(Path(source))
-    content = read_checkpoint(source, revision)
+    folder = fetched(source, revision)
+    if huggingface.is_saved_by_transformers(folder):
+        return load_transformers(Path(folder))
+    content = read_checkpoint(folder)
     spec = spec_of(content)
     if spec is None:
         raise CheckpointError(
@@ -93,6 +95,12 @@ def from_pretrained(
     if spec.dense:  # a dynamic model has them by itself
         model.data_config, model.class_names = data_config(model.spec), model.spec.class_names
     return model.eval()
+
+
+def fetched(source: str | Path, revision: str | None = None) -> str | Path:
+    """A model on the hub as its folder in the cache; whatever else it is, as it is."""
+    path = checkpoint_in(source)
+    return source if not str(source).strip() or path.exists() else download(str(source), revision)
 
 
 def load_transformers(folder: Path) -> nn.Module:
@@ -347,7 +355,9 @@ def published_weights(arch: str) -> StateDict:
     if name is None:
         raise CheckpointError(f"no weights are published for {arch}")
     if not (PRETRAINED / name).is_file():
-        raise CheckpointError(f"no dense weights {PRETRAINED / name}; get them: sh download_pretrain.sh {arch}")
+        if (PRETRAINED.parent / SCRIPT).is_file():
+            raise CheckpointError(f"no dense weights {PRETRAINED / name}; get them: sh {SCRIPT} {arch}")
+        raise CheckpointError(f"no dense weights of {arch}; {SCRIPT}, in a clone of this project, gets {name}")
     return find_weights(read_checkpoint(PRETRAINED / name))
 
 

@@ -87,10 +87,15 @@ def save_pretrained(
     back before it gets its name; a folder that could not be written to its end is refused by from_pretrained.
     A README.md that somebody else wrote is left as it is. Raises ModelError if the model could not be built again
     from its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
-    the stages in its config.
+    the stages in its config and a preprocessor_config.json beside it.
     """
     if isinstance(model, huggingface.PreTrainedVisionModel):
         huggingface.save(model, folder, class_names, notes)
+        spec, origin = huggingface.description_of(model), huggingface.hub_name(model)
+        try:
+            write_card(Path(folder), spec, notes, origin)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {Path(folder, CARD)} ({first_line(error)})") from error
         return
     spec = describe_model(model, class_names)
     folder = Path(folder)
@@ -108,8 +113,7 @@ def save_pretrained(
         check_shapes(build_on_meta(read_config(config)[0], config), weights)
         os.replace(weights, folder / WEIGHTS)
         os.replace(config, folder / CONFIG)
-        if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(errors="replace"):
-            (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes)), encoding="utf-8")
+        write_card(folder, spec, notes)
     except (OSError, RuntimeError, SafetensorError, ModelError) as error:
         for path in (weights, config):
             with suppress(OSError):
@@ -117,6 +121,12 @@ def save_pretrained(
         raise CheckpointError(f"cannot save the model in {folder} ({first_line(error)})") from error
     for line in requirements(spec):
         logger.warning("%s: to load it, first %s", folder, line)
+
+
+def write_card(folder: Path, spec: ModelSpec, notes: Mapping[str, Any], origin: str | None = None) -> None:
+    """Unless there is one that somebody else wrote. origin: see model_card."""
+    if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(errors="replace"):
+        (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes), origin), encoding="utf-8")
 
 
 def push_to_hub(
@@ -143,10 +153,13 @@ def push_to_hub(
             save_pretrained(model, folder, class_names, **notes)
         elif class_names is not None or notes:
             raise ModelError("class names and notes are those of the folder; give them to save_pretrained")
-        spec, _ = read_saved(folder)  # nothing that could not be loaded is published
-        card = (folder / CARD).read_text() if (folder / CARD).is_file() else model_card(spec, folder.resolve().name, {})
+        spec, origin = check_saved(folder)  # nothing that could not be loaded is published
+        text = model_card(spec, folder.resolve().name, {}, origin)
+        card = (folder / CARD).read_text() if (folder / CARD).is_file() else text
         card = card.replace(f'from_pretrained("{folder.resolve().name}")', f'from_pretrained("{name}")')
         files = {WEIGHTS: str(folder / WEIGHTS), CONFIG: str(folder / CONFIG), CARD: card.encode()}
+        if (processor := folder / huggingface.PROCESSOR).is_file():
+            files[processor.name] = str(processor)
         try:
             from huggingface_hub import CommitOperationAdd, HfApi  # slow to import, and needed here alone
 
@@ -158,6 +171,15 @@ def push_to_hub(
                 f"cannot publish {name} ({first_line(error)}); log in with `hf auth login`, or give token="
             ) from error
     return str(address)
+
+
+def check_saved(folder: Path) -> tuple[ModelSpec, str | None]:
+    """The description of a saved model that can be loaded, and model_card's origin. Raises CheckpointError."""
+    if not huggingface.is_saved_by_transformers(folder):
+        return read_saved(folder)[0], None
+    model = huggingface.load_dense(folder)
+    huggingface.stages_in(model, folder)
+    return model.spec, huggingface.hub_name(model)
 
 
 def requirements(spec: ModelSpec) -> list[str]:
@@ -257,7 +279,7 @@ def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str 
         if "model" not in content and "architecture" in content:
             return spec_of_timm(content), None
         if "model" not in content and {"model_type", "architectures", "transformers_version"} & set(content):
-            raise ModelError("it is of Hugging Face's transformers: load it there, and make the loaded model dynamic")
+            raise ModelError("it is of Hugging Face's transformers: dynamicvit accelerate, predict and export take it")
         spec = ModelSpec.from_dict(content["model"])
         digest = str(content["sha256"])
     except Exception as error:  # a hostile file can be wrong in any way, down to numbers of thousands of digits
@@ -322,19 +344,24 @@ def check_shapes(model: nn.Module, path: Path) -> None:
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The folder in the hub's cache that holds a model's two files. name: user/name, also with hf-hub: before it
-    and @revision after it."""
+    """The folder in the hub's cache that holds a model's two files, or those that transformers wrote. name: user/name,
+    also with hf-hub: before it and @revision after it."""
     match = HUB_NAME.fullmatch(name)
     if match is None or name.endswith(FILE_ENDINGS):
         raise CheckpointError(f"no such file{'' if name.endswith(FILE_ENDINGS) else ' or folder'}: {name}")
     repository, revision = match[1], revision or match[2]
     try:
         from huggingface_hub import hf_hub_download, logging  # slow to import, and needed here alone
+        from huggingface_hub.errors import EntryNotFoundError
 
         logging.set_verbosity_error()  # the error below says it; it need not be announced at every try
         with offline_if_unreachable():
             config = Path(hf_hub_download(repository, CONFIG, revision=revision))
-            read_config(config)  # before gigabytes are loaded for nothing
+            if huggingface.is_saved_by_transformers(config.parent):
+                with suppress(EntryNotFoundError):  # not every model has one
+                    hf_hub_download(repository, huggingface.PROCESSOR, revision=revision)
+            else:
+                read_config(config)  # before gigabytes are loaded for nothing
             weights = Path(hf_hub_download(repository, WEIGHTS, revision=revision))
     except CheckpointError:
         raise

@@ -2,7 +2,9 @@
 
 from torch import nn
 
+from . import huggingface
 from .factory import build_model
+from .families import make_dynamic
 from .spec import ModelSpec
 
 
@@ -18,7 +20,17 @@ def twin(model: nn.Module, spec: ModelSpec, share: bool = False) -> nn.Module:
     """As dense_twin, for another description of the same backbone; what the model lacks stays as it was built."""
     weights = model.state_dict()
     first = next(model.parameters())
-    other = build_model(spec).to(first.device, first.dtype)
+    other = new_model(model, spec).to(first.device, first.dtype)
     known = {name: weights[name] for name in other.state_dict().keys() & weights.keys()}
     other.load_state_dict(known, strict=False, assign=share)
     return other.eval()
+
+
+def new_model(model: nn.Module, spec: ModelSpec) -> nn.Module:
+    """With fresh weights; a transformers model cannot be built from its spec alone."""
+    if not isinstance(model, huggingface.PreTrainedVisionModel):
+        return build_model(spec)
+    dense = huggingface.new_dense(model)
+    if spec.dense:
+        return dense
+    return make_dynamic(dense, spec.pruning_loc, spec.keep_rates, spec.scorer, spec.reducer, place=spec.place)

@@ -12,6 +12,7 @@ from dynamicvit.engine import Diverged, NotFinite, RunningMeans, evaluate, train
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, Teacher, load_weights
 from dynamicvit.models.features import FeatureExtractor
+from dynamicvit.models.huggingface import PreTrainedVisionModel
 from dynamicvit.models.pretrained import BEST, LAST
 from dynamicvit.optim import Trainer
 from dynamicvit.runs.checkpoints import Place, Progress, RunState
@@ -220,7 +221,7 @@ def run_state(trainer: Trainer, sums: RunningMeans, progress: Progress, settings
         sums=sums.gather(),
         amp=str(trainer.amp_dtype),
         args=settings,
-        spec=model.spec,
+        spec=None if isinstance(model, PreTrainedVisionModel) else model.spec,  # which would not build it
         progress=progress,
     )
 

@@ -578,7 +578,8 @@ class TestLaunching:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         for _ in range(2):
             assert utils.pick_device("auto").type == "cpu"
-        assert capsys.readouterr().err.count("built for GPUs") == 1
+        message = capsys.readouterr().err
+        assert message.count("built for GPUs") == 1 and "(device cpu, as --device cpu in a command," in message
         utils.pick_device("cpu")
         monkeypatch.setattr(torch.version, "cuda", None)
         monkeypatch.setattr(torch.version, "hip", None)

@@ -107,7 +107,7 @@ def test_what_is_no_model_to_start_from(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "fast.pt2").touch()
     torch.save({"model": build().state_dict()}, tmp_path / "bare.pth")
     for source, reason in (
-        (tmp_path / "fast.pt2", "give what it was exported from"),
+        (tmp_path / "fast.pt2", "torch.export.load or aoti_load_package; here give what it was exported from"),
         (tmp_path / "bare.pth", "does not say what model it is of"),
         (tmp_path, "no checkpoint_best.pth, checkpoint_last.pth or config.json"),
     ):

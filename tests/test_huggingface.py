@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_images
 from dynamicvit.errors import UserError
+from dynamicvit.image_files import open_image
 from dynamicvit.models import (
     SCORERS,
     CheckpointError,
@@ -24,7 +26,11 @@ from dynamicvit.models import (
     save_pretrained,
 )
 from dynamicvit.models.flops import count_gflops
+from dynamicvit.models.stages import FOR_FEATURES
+from dynamicvit.models.twins import dense_twin
+from dynamicvit.tools import predict, runtimes, speedup
 from dynamicvit.tools.accelerate import accelerate
+from timm.data import create_transform
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -310,9 +316,136 @@ def test_inner_model_and_other_attention(images: Tensor) -> None:
     torch.testing.assert_close(model(images).logits, before, atol=1e-5, rtol=1e-4)
 
 
-def test_accelerate_sends_it_to_make_dynamic(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"make_dynamic\(model"):
-        accelerate(vit(), tmp_path)
+# --- accelerate
+
+PROCESSOR_TEXT = json.dumps(
+    {
+        "image_processor_type": "ViTImageProcessor",
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "resample": 3,
+        "size": {"shortest_edge": 40},
+        "crop_size": {"height": 32, "width": 32},
+    }
+)
+QUICK = {"base_rate": 0.7, "steps": 2, "batch_size": 8, "num_workers": 0, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_images(folder := tmp_path_factory.mktemp("photos") / "flat", 60, size=(40, 40))
+    return folder
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speedup, "SECONDS", 0)
+    monkeypatch.setattr(speedup, "MIN_ROUNDS", 1)
+
+
+@torch.no_grad()
+def strong(kind: str) -> nn.Module:
+    """With weights far from 0, so that answers differ."""
+    dense = KINDS[kind]()
+    for parameter in dense.parameters():
+        parameter.mul_(20 if parameter.ndim > 1 else 1)
+    return dense
+
+
+def test_accelerate_a_saved_folder_and_use_what_comes_out(
+    tmp_path: Path, photos: Path, untimed: None, images: Tensor, capsys
+) -> None:
+    dense = strong("vit_classifier")
+    dense.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "preprocessor_config.json").write_text(PROCESSOR_TEXT)
+    fast, report = accelerate(tmp_path / "dense", photos, output=tmp_path / "fast", class_names=list("abcde"), **QUICK)
+    assert type(fast).__name__ == "ViTForImageClassification" and fast.pruning_loc
+    assert list(report.rows) == ["dense", "merged", "fine-tuned"] and report.notes == []
+    assert report.rows["merged"]["kl"] > 0 and report.rows["dense"]["gflops"] > report.rows["merged"]["gflops"]
+    assert (tmp_path / "fast" / "preprocessor_config.json").read_text() == PROCESSOR_TEXT
+    card = (tmp_path / "fast" / "README.md").read_text()
+    assert "model(transform(image)[None]).logits" in card and "accelerated: kl" in card
+
+    loaded = from_pretrained(tmp_path / "fast")
+    assert torch.equal(loaded(images).logits, fast(images).logits)
+    assert loaded.spec == fast.spec and loaded.class_names == tuple("abcde")
+    assert loaded.spec.preprocessing.mean == (0.1, 0.2, 0.3)
+    plain = transformers.ViTForImageClassification.from_pretrained(tmp_path / "fast")
+    assert not torch.equal(plain.classifier.weight, dense.classifier.weight)  # fine-tuned
+
+    capsys.readouterr()
+    predict.command([str(tmp_path / "fast"), str(photos / "0.jpg")])
+    assert {line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]} == set("abcde")
+
+    again, _ = accelerate(tmp_path / "fast", photos, **QUICK | {"steps": 0})  # its backbone
+    assert torch.equal(again.classifier.weight, plain.classifier.weight)
+
+
+def test_accelerate_a_model_object_goes_on_where_it_was(tmp_path: Path, photos: Path, untimed) -> None:
+    dense = strong("clip_projection")
+    before = copy.deepcopy(dense.state_dict())
+    how = QUICK | {"mean": (0.5, 0.5, 0.5)}
+    first, report = accelerate(dense, photos, output=tmp_path / "fast", **how)
+    assert "no preprocessor_config.json" in report.notes[0] and "cosine" in report.rows["merged"]
+    (tmp_path / "fast" / "model.safetensors").unlink()
+    second, _ = accelerate(dense, photos, output=tmp_path / "fast", **how)  # from its last checkpoint
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name])
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert from_pretrained(tmp_path / "fast").spec == second.spec
+    assert accelerate(first, photos, **QUICK | {"steps": 0})[1].rows["merged"]["cosine"] < 1  # a dynamic one's backbone
+
+
+@torch.no_grad()
+def test_preprocessing_given_by_hand_is_saved_for_transformers_too(tmp_path: Path, photos: Path, untimed) -> None:
+    vit().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "preprocessor_config.json").write_text(PROCESSOR_TEXT)
+    how = {"mean": (0.3, 0.4, 0.5), "crop_pct": 0.5, "steps": 0}
+    accelerate(tmp_path / "dense", photos, output=tmp_path / "fast", **QUICK | how)
+    loaded = from_pretrained(tmp_path / "fast")
+    assert loaded.spec.preprocessing.mean == (0.3, 0.4, 0.5) and loaded.spec.preprocessing.crop_pct == 0.5
+    photo = open_image(photos / "0.jpg")
+    ours = create_transform(**loaded.data_config)(photo)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "fast", backend="pil")
+    theirs = processor(photo, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["vit_classifier", "dinov2"])
+def test_accelerate_for_features(kind: str, tmp_path: Path, photos: Path, untimed: None, images: Tensor) -> None:
+    dense = strong(kind)
+    how = QUICK | {"purpose": "features", "base_rate": None, "flops_speedup": 1.1}
+    fast, report = accelerate(dense, photos, output=tmp_path / "fast", **how)
+    assert fast.scorer.name == FOR_FEATURES.scorer and report.rows["merged"]["worst"] < 1
+    assert report.rows["fine-tuned"]["cosine"] != report.rows["merged"]["cosine"]
+    loaded = from_pretrained(tmp_path / "fast")
+    tower = getattr(loaded, "vit", loaded)
+    with torch.no_grad():
+        features = loaded.forward_features(images)
+        assert features.shape == (2, 17, 32)
+        assert torch.equal(features, tower(images).last_hidden_state)
+        cosine = nn.functional.cosine_similarity(features, getattr(dense, "vit", dense)(images)[0], dim=-1)
+    assert 0.5 < cosine.mean() < 1
+    assert "model.forward_features(" in (tmp_path / "fast" / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_exported_it_gives_its_logits_and_its_twin_the_dense_ones(images: Tensor) -> None:
+    dense = strong("vit_classifier")
+    model = make_dynamic(copy.deepcopy(dense), STAGES, HALF, "predictor", "merge")
+    program = runtimes.trace(runtimes.exportable(model, half=False), model.spec, batch=None).module()
+    torch.testing.assert_close(program(images), model(images).logits)
+    assert not torch.allclose(model(images).logits, dense(images).logits, atol=1e-3)
+    torch.testing.assert_close(dense_twin(model)(images).logits, dense(images).logits)
+
+
+def test_accelerate_refuses_in_one_line(tmp_path: Path) -> None:
+    text = {"vision_config": SIZES, "text_config": TEXT}
+    both = transformers.CLIPModel(transformers.CLIPConfig(**text))
+    with pytest.raises(UserError, match="reads text, too"):
+        accelerate(both, tmp_path)
+    with pytest.raises(UserError, match="belong to a model's name"):
+        accelerate(vit(), tmp_path, input_size=64)
 
 
 def test_wrong_requests_are_refused_in_one_line(images: Tensor) -> None:

@@ -64,6 +64,13 @@ def test_the_command_works_from_an_empty_folder(wheel: Path, tmp_path: Path) -> 
     assert result.stdout.startswith("model images speedup output"), result.stderr
 
 
+def test_missing_weights_send_nobody_to_a_script_that_is_not_there(wheel: Path, tmp_path: Path) -> None:
+    code = "from dynamicvit.models.pretrained import published_weights; published_weights('deit_base')"
+    env = ONE_THREAD | {"PYTHONPATH": str(wheel)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert "in a clone of this project" in result.stderr and "sh download_pretrain.sh" not in result.stderr
+
+
 def test_in_a_clone_short_names_are_the_packages_modules() -> None:
     code = "import models.spec, errors, dynamicvit.models.spec as m, dynamicvit.errors as e; "
     code += "assert models.spec is m and errors is e"

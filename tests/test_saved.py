@@ -31,6 +31,7 @@ from dynamicvit.models import (
     push_to_hub,
     save_pretrained,
 )
+from dynamicvit.tools.dense import Own, find_dense
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -395,6 +396,19 @@ def test_names_on_the_hub(name: str, local_hub: Path) -> None:
     assert load_weights(create_model("deit_tiny", **TINY), name) == []
 
 
+def test_transformers_models_of_the_hub(local_hub: Path, tmp_path: Path) -> None:
+    """The dense one that accelerate takes, and the dynamic one."""
+    tiny_transformers().save_pretrained(local_hub / "user" / "dense")
+    dense, notes = find_dense("user/dense", Own())
+    assert dense.spec.num_classes == 5 and "no preprocessor_config.json" in notes[0]
+    model = make_dynamic(dense, (1, 3), (0.75, 0.5), "predictor", "merge")
+    save_pretrained(model, local_hub / "user" / "dynamic", NAMES)
+    loaded = from_pretrained("user/dynamic")
+    assert (loaded.pruning_loc, loaded.class_names) == ((1, 3), tuple(NAMES))
+    assert find_dense("user/dynamic", Own())[1] == []  # it has the file
+    assert "base_model: user/dense" in (local_hub / "user" / "dynamic" / "README.md").read_text()
+
+
 def test_timm_models_of_the_hub(local_hub: Path) -> None:
     model = tiny_timm("vit_tiny_patch16_224.augreg_in21k").eval()
     push = {"model_args": {"img_size": 32}}
@@ -455,26 +469,56 @@ class Uploads(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("as_folder", [False, True])
-def test_publishing_uploads_three_files(as_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = create_model("deit_tiny", **TINY)
-    save_pretrained(model, tmp_path / "fast", agreement=0.98)
-    (tmp_path / "fast" / "report.html").write_text("my photos")
+@pytest.fixture
+def uploaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """What a hub on this machine has been sent, by file name."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Uploads)
     server.files, server.asked = {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    given = {} if as_folder else {"agreement": 0.98}
-    push_to_hub(tmp_path / "fast" if as_folder else model, "user/mine", token="hf_none", **given)
+    yield server.files
     server.shutdown()
     server.server_close()
-    assert sorted(server.files) == ["README.md", "config.json", "model.safetensors"]
-    card = server.files["README.md"].decode()
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_publishing_uploads_three_files(as_folder: bool, tmp_path: Path, uploaded: dict[str, bytes]) -> None:
+    model = create_model("deit_tiny", **TINY)
+    save_pretrained(model, tmp_path / "fast", agreement=0.98)
+    (tmp_path / "fast" / "report.html").write_text("my photos")
+    given = {} if as_folder else {"agreement": 0.98}
+    push_to_hub(tmp_path / "fast" if as_folder else model, "user/mine", token="hf_none", **given)
+    assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors"]
+    card = uploaded["README.md"].decode()
     assert 'from_pretrained("user/mine")' in card and "| agreement | 0.98 |" in card
-    (tmp_path / "there").mkdir()
-    for name, content in server.files.items():
-        (tmp_path / "there" / name).write_bytes(content)
-    assert torch.equal(from_pretrained(tmp_path / "there").norm.bias, model.norm.bias)
+    assert torch.equal(from_pretrained(write_files(tmp_path / "there", uploaded)).norm.bias, model.norm.bias)
+
+
+def tiny_transformers() -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=len(NAMES))
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def test_publishing_a_transformers_model(tmp_path: Path, uploaded: dict[str, bytes]) -> None:
+    model = make_dynamic(tiny_transformers(), (1, 3), (0.75, 0.5), "predictor", "merge")
+    push_to_hub(model, "user/mine", token="hf_none", class_names=NAMES)
+    assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert 'from_pretrained("user/mine")' in uploaded["README.md"].decode()
+    loaded = from_pretrained(write_files(tmp_path / "there", uploaded))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images).logits, model(images).logits) and loaded.class_names == tuple(NAMES)
+    tiny_transformers().save_pretrained(tmp_path / "dense")
+    with pytest.raises(CheckpointError, match="dense transformers model"):
+        push_to_hub(tmp_path / "dense", "user/dense", token="hf_none")
 
 
 def test_what_cannot_be_published(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,7 @@ def test_what_a_backbone_cannot_do_is_left_out(capsys: pytest.CaptureFixture) ->
         (["--data-path", "nowhere"], "no data folder nowhere"),
         (["--base-rates", "0.5", "0"], "above 0 and at most 1"),
         (["--batch-size", "0"], "must be positive, got 0"),
-        (["--device", "toaster"], "unknown --device toaster"),
+        (["--device", "toaster"], "unknown device toaster"),
         (["--scorer", "random"], "--scorer is what a sweep varies"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
     ],

@@ -77,7 +77,8 @@ def accelerate(
 ) -> tuple[nn.Module, Report]:
     """A faster copy of a trained vision transformer, in eval mode, and what is known of it.
 
-    model: a timm ViT (left as it is), one of timm's names or ours, or a folder of save_pretrained's.
+    model: a ViT of timm or transformers (left as it is), one of timm's names or ours, user/name on the hub, or a folder
+    of save_pretrained's, ours or transformers'.
     images: like those that the model is for: a folder, files, or a DataLoader that gives (B, 3, H, W) tensors as the
     model takes them, alone or before labels. A fifth of them is never trained on, and is what the report is about.
     speedup: times as fast, by the clock, here, at a batch of for_batch images (default: 8 on a CPU, 128 on a GPU) in
@@ -249,7 +250,7 @@ class Acceleration:
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="accelerate", description=(__doc__ or "").split("\n")[0])
     add, share = parser.add_argument, number(float, KEEP_RATE)
-    add("model", help="one of timm's names, or of ours (deit_small, ...), or a folder of save_pretrained's")
+    add("model", help="timm's name or ours (deit_small, ...), user/name on the hub, or a folder of save_pretrained's")
     add("--images", type=path, required=True, help="a folder; class folders in it are used only for the report")
     add("--output", type=path, required=True, help="a new folder for the model and the report")
     add("--speedup", type=number(float, POSITIVE), help=f"times as fast, measured here (default: {SPEEDUP})")

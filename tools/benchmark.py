@@ -1,6 +1,6 @@
 """Measures dynamic models against their dense backbone, alternately in one process.
 
-    python -m tools.benchmark --arch deit_small --base-rate 0.7 --batch-size 1 8 32 --json speed.json
+    dynamicvit benchmark --arch deit_small --base-rate 0.7 --batch-size 1 8 32 --json speed.json
 
 The dense model is timm's own (for LV-ViT our backbone), with fused attention; all have the same weights. "dynamic" is
 the published form at this rate. At as many multiply-adds: "merged", what make_dynamic(speedup=) chooses; "ToMe"; and

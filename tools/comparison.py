@@ -12,6 +12,7 @@ from dynamicvit.engine import autocast
 from dynamicvit.errors import UserError
 from dynamicvit.losses import cosine_distance, kl_divergence
 from dynamicvit.models import ModelSpec, gives_embeddings
+from dynamicvit.models.huggingface import answer_of
 from torch import Tensor, nn
 
 DENSE, MERGED, TUNED = "dense", "merged", "fine-tuned"
@@ -193,6 +194,6 @@ def predict_all(
     model.eval()
     for images, batch_labels in batches:
         with autocast(preprocessing.device, amp_dtype):
-            outputs.append(model(preprocessing(images)).float())
+            outputs.append(answer_of(model(preprocessing(images))).float())
         labels.append(batch_labels)
     return Answers(torch.cat(outputs).cpu(), torch.cat(labels))

@@ -20,12 +20,30 @@ from dynamicvit.models import (
     load_weights,
     read_checkpoint,
 )
-from dynamicvit.models.factory import image_size
-from dynamicvit.models.huggingface import PreTrainedVisionModel
-from dynamicvit.models.pretrained import StateDict, backbone_part, num_classes_of, published_weights, spec_of, text_of
+from dynamicvit.models.families import family_of
+from dynamicvit.models.huggingface import (
+    PreTrainedVisionModel,
+    description_of,
+    is_saved_by_transformers,
+    load_dense,
+    said_preprocessing,
+)
+from dynamicvit.models.pretrained import (
+    StateDict,
+    backbone_part,
+    fetched,
+    num_classes_of,
+    published_weights,
+    spec_of,
+    text_of,
+)
 from dynamicvit.models.saved import check_values
+from dynamicvit.models.spatial import SpatialAdapter
+from dynamicvit.models.twins import dense_twin
 from dynamicvit.tools.splits import Images
 from torch import nn
+
+FEWEST_BLOCKS = 3
 
 
 @dataclass(frozen=True)
@@ -74,37 +92,53 @@ def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list
     if isinstance(model, nn.Module) or not is_name(str(model)):
         if own.weights or own.input_size:
             raise UserError("the model comes with its weights and its size: they belong to a model's name alone")
-        module = model if isinstance(model, nn.Module) else from_pretrained(model)
-        dense, notes = as_dense(module), []
+        dense, notes = as_dense(model if isinstance(model, nn.Module) else load(model)), []
+        check_blocks(dense, dense.spec.arch)
     else:
         dense, notes = build_by_name(str(model), own)
     spec = replace(dense.spec, preprocessing=own.preprocessing(dense.spec.preprocessing))
     dense.spec = replace(spec, class_names=own.names() or spec.class_names)
     check_values(dense.spec)
-    return dense, [*notes, *assumed(dense.spec, own)]
+    return dense, [*notes, *assumed(dense, own)]
+
+
+def load(source: str | Path) -> nn.Module:
+    """What from_pretrained loads; of a folder that transformers wrote, or of such a model on the hub, the dense one."""
+    folder = fetched(source)
+    return load_dense(folder) if is_saved_by_transformers(folder) else from_pretrained(folder)
 
 
 def as_dense(model: nn.Module) -> nn.Module:
     """A copy that may be changed; of a dynamic model its backbone. UserError for one that accelerate cannot take."""
-    if isinstance(model, PreTrainedVisionModel):
-        raise UserError("accelerate takes timm's models; for one of transformers: make_dynamic(model, speedup=1.6)")
-    spec = describe(model)
+    of_transformers = isinstance(model, PreTrainedVisionModel)
+    spec = description_of(model) if of_transformers else describe(model)
     if not spec.dense:
-        dense = build_model(spec.as_dense())
-        load_weights(dense, backbone_part(model.state_dict()))
-        return dense
+        return dense_twin(model).float()
     dense = copy.deepcopy(model)
     dense.spec = spec
-    return dense
+    return dense.float() if of_transformers else dense  # which is loaded in the precision that it was saved in
 
 
 def build_by_name(name: str, own: Own) -> tuple[nn.Module, list[str]]:
     check_name(name)
     content = read_checkpoint(own.weights) if own.weights else None
     spec = spec_by_name(name, content, own.input_size)
-    weights, notes = dense_weights(spec, content)
     dense = build_model(spec)
+    check_blocks(dense, name)
+    weights, notes = dense_weights(spec, content)
     return dense, [*notes, *load_weights(dense, weights)]
+
+
+def check_blocks(dense: nn.Module, arch: str) -> None:
+    """Raises UserError for a model without transformer blocks."""
+    try:
+        family = family_of(dense)
+        if not isinstance(family, SpatialAdapter) and len(family.blocks(dense)) >= FEWEST_BLOCKS:
+            return
+    except ValueError as error:
+        if isinstance(dense, PreTrainedVisionModel):
+            raise UserError(str(error)) from error
+    raise UserError(f"{arch} has no transformer blocks to merge tokens between: give a ViT")
 
 
 def is_name(model: str) -> bool:
@@ -142,16 +176,18 @@ def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> tuple[Stat
     return backbone, ["the predictors in the weights are left out: tokens are ranked without them"] * left_out
 
 
-def assumed(spec: ModelSpec, own: Own) -> list[str]:
+def assumed(dense: nn.Module, own: Own) -> list[str]:
     """How images are prepared, where nobody has said it."""
-    if own.weights is None or None not in (own.mean, own.std, own.crop_pct):
+    unsaid = isinstance(dense, PreTrainedVisionModel) and said_preprocessing(dense) is None
+    if (own.weights is None and not unsaid) or None not in (own.mean, own.std, own.crop_pct):
         return []
-    how, size = spec.preprocessing, image_size(spec)
+    how, size = dense.spec.preprocessing, dense.spec.img_size
     size = size if isinstance(size, int) else text_of(size)
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (how.mean, how.std))
     return [
-        f"assumed of the weights: images of {size} pixels, the centre {how.crop_pct:.3f} of them, mean {mean}, "
-        f"std {std} (--input-size, --crop-pct, --mean and --std say otherwise)"
+        f"assumed of the {'model, which has no preprocessor_config.json' if unsaid else 'weights'}: images of {size} "
+        f"pixels, the centre {how.crop_pct:.3f} of them, mean {mean}, std {std} "
+        f"({'' if unsaid else '--input-size, '}--crop-pct, --mean and --std say otherwise)"
     ]
 
 

@@ -1,9 +1,9 @@
 """Writes a saved model for other runtimes, checks each file against PyTorch, and measures it against dense.
 
-python -m tools.export fast/ --onnx fast.onnx              # ONNX, for one image at a time
-python -m tools.export fast/ --onnx fast.onnx --dynamic-batch
-python -m tools.export fast/ --torch fast.pt2              # torch.export: loads without this code
-python -m tools.export fast/ --aoti fast_cpu.pt2           # AOTInductor: compiled for this machine
+dynamicvit export fast/ --onnx fast.onnx              # ONNX, for one image at a time
+dynamicvit export fast/ --onnx fast.onnx --dynamic-batch
+dynamicvit export fast/ --torch fast.pt2              # torch.export: loads without this code
+dynamicvit export fast/ --aoti fast_cpu.pt2           # AOTInductor: compiled for this machine
 """
 
 import argparse
@@ -21,6 +21,7 @@ from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import from_pretrained
 from dynamicvit.models.describe import data_config
+from dynamicvit.models.huggingface import answer_of
 from dynamicvit.models.saved import first_line
 from dynamicvit.models.twins import dense_twin
 from dynamicvit.options import POSITIVE, OneLineParser, number
@@ -169,7 +170,7 @@ def split_evenly(images: Tensor, batch: int) -> Sequence[Tensor]:
 @torch.inference_mode()
 def compare(model: nn.Module, images: Tensor, found: Tensor, half: bool) -> str:
     """The finding in a line. Raises UserError if the outputs differ by more than rounding explains."""
-    expected = model(images)
+    expected = answer_of(model(images))
     unit = max(1.0, float(expected.std()))
     differences = (found - expected).abs().amax(dim=1) / unit
     if half:
@@ -214,7 +215,7 @@ def undecided_images(model: nn.Module, images: Tensor, expected: Tensor, unit: f
     undecided = torch.zeros(len(images), dtype=torch.bool)
     for _ in range(NUM_NUDGES if len(images) else 0):
         nudged = images + NUDGE * torch.randn(images.shape, generator=generator)
-        undecided |= (model(nudged) - expected).abs().amax(dim=1) / unit > TOLERANCE
+        undecided |= (answer_of(model(nudged)) - expected).abs().amax(dim=1) / unit > TOLERANCE
     return undecided
 
 

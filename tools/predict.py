@@ -1,9 +1,9 @@
 """Says what a saved or an exported model sees in photos: its top five classes, or the photos' embeddings.
 
-python -m tools.predict fast/ photo.jpg              # a folder of save_pretrained's
-python -m tools.predict user/name photos/            # the same on the Hugging Face hub; a folder of photos
-python -m tools.predict logs/my_run photo.jpg        # a trained run's best epoch, or a checkpoint
-python -m tools.predict fast.onnx one.jpg two.jpg    # a file of tools.export's, in ONNX Runtime
+dynamicvit predict fast/ photo.jpg              # a folder of save_pretrained's
+dynamicvit predict user/name photos/            # the same on the Hugging Face hub; a folder of photos
+dynamicvit predict logs/my_run photo.jpg        # a trained run's best epoch, or a checkpoint
+dynamicvit predict fast.onnx one.jpg two.jpg    # a file of dynamicvit export's, in ONNX Runtime
 """
 
 import argparse
@@ -24,6 +24,7 @@ from dynamicvit.errors import ImageError, UserError, exit_status
 from dynamicvit.image_files import list_images, open_image
 from dynamicvit.models import ModelSpec, from_pretrained, gives_embeddings
 from dynamicvit.models.describe import data_config
+from dynamicvit.models.huggingface import answer_of
 from dynamicvit.models.saved import first_line, parse_config
 from dynamicvit.options import OneLineParser
 from dynamicvit.runs.whole import check_writable, whole_file
@@ -50,6 +51,10 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--json and --csv need a file each")
     answers = Answers({path: writer for path, writer in ((args.json, as_json), (args.csv, as_csv)) if path})
     photos = [photo for given in args.photos for photo in photos_in(given)]
+    if args.model.endswith(".pt2"):
+        raise UserError(
+            f"{args.model} is for torch.export.load or aoti_load_package; here give what it was exported from, or .onnx"
+        )
     run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_torch(args.model)
     names = None if gives_embeddings(spec) else class_names(spec)
     transform = create_transform(**data_config(spec))
@@ -148,11 +153,11 @@ def csv_header(records: list[dict[str, Any]]) -> Iterator[str]:
 
 def load_torch(source: str) -> tuple[Runner, ModelSpec]:
     model = from_pretrained(source)
-    return torch.inference_mode()(model), model.spec
+    return torch.inference_mode()(lambda images: answer_of(model(images))), model.spec
 
 
 def load_onnx(path: Path) -> tuple[Runner, ModelSpec]:
-    """A file of tools.export's in ONNX Runtime on the CPU, with as many threads as torch has, and its description."""
+    """An exported file in ONNX Runtime on the CPU, with as many threads as torch has, and its description."""
     require_packages("onnxruntime")
     import onnxruntime
 
@@ -166,7 +171,7 @@ def load_onnx(path: Path) -> tuple[Runner, ModelSpec]:
         raise UserError(f"ONNX Runtime cannot run {path} ({first_line(error)})") from error
     metadata = session.get_modelmeta().custom_metadata_map
     if METADATA not in metadata:
-        raise UserError(f"{path} does not say how to prepare its images; export it with tools.export")
+        raise UserError(f"{path} does not say how to prepare its images; export it with dynamicvit export")
     spec, _ = parse_config(metadata[METADATA], path)
     check_interface(session, spec, path)
     batch = session.get_inputs()[0].shape[0]
@@ -186,7 +191,7 @@ def load_onnx(path: Path) -> tuple[Runner, ModelSpec]:
 
 
 def check_interface(session: Any, spec: ModelSpec, path: Path) -> None:
-    """Raises UserError where an ONNX Runtime session's inputs and outputs are not those of tools.export's files.
+    """Raises UserError where an ONNX Runtime session's inputs and outputs are not those of dynamicvit export's files.
 
     A size that the file leaves open is a string there, or None.
     """
@@ -200,7 +205,7 @@ def check_interface(session: Any, spec: ModelSpec, path: Path) -> None:
         )
         if not fits or 0 in found[0].shape:
             there = ", ".join(f"{value.name} {value.type} {value.shape}" for value in found) or "none"
-            raise UserError(f"{path} has another {what} than tools.export's files ({there}); export the model again")
+            raise UserError(f"{path} has another {what} than dynamicvit export's ({there}); export the model again")
 
 
 def require_packages(*names: str) -> None:

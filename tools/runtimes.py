@@ -10,6 +10,7 @@ import torch
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, gives_embeddings
 from dynamicvit.models.describe import data_config
+from dynamicvit.models.huggingface import PreTrainedVisionModel, answer_of
 from dynamicvit.models.saved import config_text
 from dynamicvit.models.twins import twin
 from dynamicvit.tools.predict import METADATA, Runner, load_onnx
@@ -28,21 +29,30 @@ assert "timm" not in sys.modules
 """
 
 
-class Half(nn.Module):
-    """float16 inside; float32 images and outputs, so that callers need not care."""
+class Answer(nn.Module):
+    """The tensor alone of what a transformers model answers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.half()).float()
+        return answer_of(self.model(images))
+
+
+class Half(Answer):
+    """float16 inside; float32 images and outputs, so that callers need not care."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.half()).float()
 
 
 def exportable(model: nn.Module, half: bool) -> nn.Module:
     """A copy of it in the precision asked for, in eval mode."""
     copy = twin(model, model.spec)
-    return Half(copy.half()).eval() if half else copy
+    if half:
+        return Half(copy.half()).eval()
+    return Answer(copy).eval() if isinstance(copy, PreTrainedVisionModel) else copy
 
 
 def trace(model: nn.Module, spec: ModelSpec, batch: int | None) -> torch.export.ExportedProgram:

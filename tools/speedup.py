@@ -18,7 +18,6 @@ from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, geometric_keep_rates, make_dynamic
 from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
-from dynamicvit.models.spatial import SpatialAdapter
 from dynamicvit.models.stages import (
     FEWEST_TOKENS,
     FOR_FEATURES,
@@ -91,14 +90,9 @@ class Wish:
 
 def layouts(dense: nn.Module, wish: Wish, features: bool) -> list[ModelSpec]:
     """Descriptions of dynamic models that keep all tokens yet: with as many stages as the library would choose, and
-    with fewer, which take less time. Raises UserError for a model without transformer blocks."""
-    try:
-        family = family_of(dense)
-        depth = len(family.blocks(dense))
-    except ValueError as error:
-        raise UserError(f"{dense.spec.arch} has no transformer blocks to merge tokens between: give a ViT") from error
-    if isinstance(family, SpatialAdapter) or depth < 3:
-        raise UserError(f"{dense.spec.arch} has no transformer blocks to merge tokens between: give a ViT")
+    with fewer, which take less time."""
+    family = family_of(dense)
+    depth = len(family.blocks(dense))
     choice = FOR_FEATURES if features else FOR_SPEED
     where = choice.place if can_split(dense, family) else "before"
     counts = STAGE_COUNTS if wish.keep_rates is None else [len(wish.keep_rates)]

@@ -1,7 +1,7 @@
 """Sweeps a model over base rates: what each way to drop or merge tokens costs, and what it does to the answers.
 
-    python -m tools.sweep --arch deit_small --pretrained deit_small.pth --data-path photos   # any folder of images
-    python -m tools.sweep --resume logs/my_run --data-path imagenet --methods predictor+drop attention+merge tome
+    dynamicvit sweep --arch deit_small --pretrained deit_small.pth --data-path photos   # any folder of images
+    dynamicvit sweep --resume logs/my_run --data-path imagenet --methods predictor+drop attention+merge tome
 
 Everything is compared on the same images with the dense model: the same weights with all tokens kept. ToMe, PiToMe and
 DiffRate, which have no base rate, get the setting whose cost comes nearest to that of dropping tokens at random.

@@ -1,10 +1,10 @@
 """Shows what a model makes of an image's patches: which leave, which become one token, what it sees then.
 
-python -m tools.visualize fast/ photo.jpg                            # a saved model, a run's folder or a checkpoint
-python -m tools.visualize logs/my_run photos/ --gif
-python -m tools.visualize photo.jpg --arch deit_tiny --pretrained deit_tiny_patch16_224.pth \
+dynamicvit visualize fast/ photo.jpg                            # a saved model, a run's folder or a checkpoint
+dynamicvit visualize logs/my_run photos/ --gif
+dynamicvit visualize photo.jpg --arch deit_tiny --pretrained deit_tiny_patch16_224.pth \
     --scorer attention --reducer merge --pruning-loc 3 4 5 6 7 8 9 10 11 --base-rate 0.8435
-python -m tools.visualize logs/my_run SHAPES                         # the generated validation images
+dynamicvit visualize logs/my_run SHAPES                         # the generated validation images
 
 Patches that have become one token share their mean colour, dropped ones are white. In a Swin or ConvNeXt locations
 on the fast path are faded.
