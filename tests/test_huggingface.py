@@ -414,10 +414,10 @@ def test_preprocessing_given_by_hand_is_saved_for_transformers_too(tmp_path: Pat
 @pytest.mark.parametrize("kind", ["vit_classifier", "dinov2"])
 def test_accelerate_for_features(kind: str, tmp_path: Path, photos: Path, untimed: None, images: Tensor) -> None:
     dense = strong(kind)
-    how = QUICK | {"purpose": "features", "base_rate": None, "flops_speedup": 1.1}
+    how = QUICK | {"purpose": "features", "base_rate": None, "flops_speedup": 1.1, "steps": 40}
     fast, report = accelerate(dense, photos, output=tmp_path / "fast", **how)
     assert fast.scorer.name == FOR_FEATURES.scorer and report.rows["merged"]["worst"] < 1
-    assert report.rows["fine-tuned"]["cosine"] != report.rows["merged"]["cosine"]
+    assert report.rows["fine-tuned"]["cosine"] > report.rows["merged"]["cosine"]
     loaded = from_pretrained(tmp_path / "fast")
     tower = getattr(loaded, "vit", loaded)
     with torch.no_grad():
