@@ -353,7 +353,8 @@ def train_transform(size: Size, augmentation: Augmentation, data_set: str = "IMN
 
 
 def eval_transform(size: Size, preprocessing: Preprocessing, data_set: str = "IMNET") -> Transform:
-    """PIL image -> (3, H, W) uint8 tensor: the short side becomes floor(size / crop_pct), then the centre is cut out.
+    """PIL image -> (3, H, W) uint8 tensor: the short side becomes floor(size / crop_pct), then the centre is cut out,
+    unless preprocessing.crop_mode says otherwise.
 
     With crop_pct 0.875 this is DeiT's int(256 / 224 * size). At 384 pixels we do the same as at 224, like
     DynamicViT's first release.
@@ -365,6 +366,7 @@ def eval_transform(size: Size, preprocessing: Preprocessing, data_set: str = "IM
         is_training=False,
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
         normalize=False,
     )
 

@@ -47,11 +47,6 @@ def describe_timm_model(model: nn.Module) -> ModelSpec:
     """The dense model that timm built, from what timm left on it. Of one built by hand nobody can tell how: it goes by
     the name of its class, and cannot be saved."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    preprocessing = Preprocessing()
-    if config:
-        preprocessing = Preprocessing(
-            tuple(config["mean"]), tuple(config["std"]), config["crop_pct"], config["interpolation"]
-        )
     kind = getattr(model, "backbone_class", type(model)).__name__
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config.get("input_size", (3, 224, 224))[1:]
     return ModelSpec(
@@ -59,7 +54,7 @@ def describe_timm_model(model: nn.Module) -> ModelSpec:
         num_classes=getattr(model, "num_classes", None),
         img_size=one_side(size),
         dense=True,
-        preprocessing=preprocessing,
+        preprocessing=Preprocessing.from_timm(config),
     )
 
 
@@ -73,4 +68,5 @@ def data_config(spec: ModelSpec) -> dict[str, Any]:
         "mean": how.mean,
         "std": how.std,
         "crop_pct": how.crop_pct,
+        "crop_mode": how.crop_mode,
     }

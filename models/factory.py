@@ -171,8 +171,7 @@ def build_by_timm_name(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, Mo
         spec,
         num_classes=model.num_classes,
         img_size=spec.img_size or one_side(config["input_size"][1:]),
-        preprocessing=spec.preprocessing
-        or Preprocessing(tuple(config["mean"]), tuple(config["std"]), config["crop_pct"], config["interpolation"]),
+        preprocessing=spec.preprocessing or Preprocessing.from_timm(config),
     )
 
 

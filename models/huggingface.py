@@ -45,14 +45,15 @@ from .version import __version__
 from .vit import ViTAdapter
 
 HALF = (0.5, 0.5, 0.5)
+SQUASH = "squash"
 IMAGENET = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 # What a kind of model expects where no preprocessor_config.json says it: that of the weights published first.
 KINDS = {
-    "vit": Preprocessing(HALF, HALF, 1.0, "bilinear"),
+    "vit": Preprocessing(HALF, HALF, 1.0, "bilinear", SQUASH),
     "deit": IMAGENET,
     "dinov2": IMAGENET,
     "dinov2_with_registers": IMAGENET,
-    "siglip": Preprocessing(HALF, HALF, 1.0, "bicubic"),
+    "siglip": Preprocessing(HALF, HALF, 1.0, "bicubic", SQUASH),
     "clip": Preprocessing(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, 1.0, "bicubic"),
 }
 MODEL_TYPES = {kind: kind for kind in KINDS} | {"siglip_vision_model": "siglip", "clip_vision_model": "clip"}
@@ -595,6 +596,7 @@ def read_processor(path: Path) -> tuple[Preprocessing, int | None] | None:
             tuple(map(float, content["image_std"])),
             crop / resized if crop and resized else 1.0,
             PIL_FILTERS[content.get("resample", 3)],
+            SQUASH if isinstance(sides[0], Mapping) and "height" in sides[0] else "center",
         )
         return preprocessing, crop or resized
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
@@ -646,10 +648,11 @@ def processor_text(model: nn.Module) -> str:
     how, (height, width) = spec.preprocessing, pair(spec.img_size)
     if path is not None and (read_processor(path) or [None])[0] == how:
         return path.read_text()
+    resized, squashed = [round(side / how.crop_pct) for side in (height, width)], how.crop_mode == SQUASH
     content = {
         "image_processor_type": "CLIPImageProcessor",  # does what timm's transform does
         **{f"do_{step}": True for step in ("convert_rgb", "resize", "center_crop", "rescale", "normalize")},
-        "size": {"shortest_edge": round(min(height, width) / how.crop_pct)},
+        "size": dict(zip(("height", "width"), resized, strict=True)) if squashed else {"shortest_edge": min(resized)},
         "crop_size": {"height": height, "width": width},
         "resample": PIL_FILTERS.index(how.interpolation),
         "rescale_factor": 1 / 255,

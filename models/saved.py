@@ -307,7 +307,7 @@ def spec_of_timm(content: Mapping[str, Any]) -> ModelSpec:
         dense=True,
         global_pool=arguments.get("global_pool"),
         sizes={name: arguments[name] for name in SIZES if name in arguments},
-        preprocessing=Preprocessing(*(weights[name] for name in ("mean", "std", "crop_pct", "interpolation"))),
+        preprocessing=Preprocessing.from_timm(weights),
     )
     check_values(spec)
     return spec

@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
+CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -26,17 +27,24 @@ class CheckpointError(ModelError):
 class Preprocessing:
     """What a model expects to be done to an image: timm's names and units.
 
-    crop_pct: the side of the central crop over the shorter side of the resized image.
+    crop_pct: the side of the central crop over the shorter side of the resized image. crop_mode: how an image of
+    another shape fits: its centre, the whole image squashed, or the whole image with a border.
     """
 
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
     crop_pct: float = 224 / 256
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, as_tuples(getattr(self, f.name)))
+
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any]) -> "Preprocessing":
+        """Of timm's pretrained_cfg."""
+        return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 images -> float32, as the model takes them."""
@@ -57,7 +65,11 @@ LARGEST = {
     "mlp_ratio": 64,
     "window_size": 1024,
 }
-NEWER = ("place", "global_pool")  # fields that older versions do not know, saved only where they say something
+NEWER = (
+    "place",
+    "global_pool",
+    "crop_mode",
+)  # fields that older versions do not know, saved only where they say something
 PLACES = ("before", "inside")
 SIZES = tuple(name for name in LARGEST if name not in ("num_classes", "img_size"))
 
@@ -120,10 +132,9 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts only, for JSON and for checkpoints."""
-        content = plain(asdict(self))
-        for name in NEWER:
-            if content[name] == getattr(type(self), name):
-                del content[name]
+        content = without_news(plain(asdict(self)), type(self))
+        if self.preprocessing is not None:
+            content["preprocessing"] = without_news(content["preprocessing"], Preprocessing)
         return content
 
     @classmethod
@@ -156,12 +167,17 @@ class ModelSpec:
         return replace(self, dense=True)
 
 
+def without_news(content: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Without the newer fields that say what goes without saying, so that older versions can read the rest."""
+    return {name: value for name, value in content.items() if name not in NEWER or value != getattr(kind, name)}
+
+
 def check_values(spec: ModelSpec) -> None:
     """What a description is asked only when it is whole. Raises ModelError."""
     if (how := spec.preprocessing) is not None:
         colours = all(is_list_of(values, is_number) and len(values) == 3 for values in (how.mean, how.std))
         usable = colours and min(how.std) > 0 and is_number(how.crop_pct) and 0.1 <= how.crop_pct <= 2
-        if not usable or how.interpolation not in INTERPOLATIONS:
+        if not usable or how.interpolation not in INTERPOLATIONS or how.crop_mode not in CROP_MODES:
             raise ModelError(f"unusable preprocessing: {shown(how)}")
     if spec.class_names is not None and spec.num_classes not in (None, len(spec.class_names)):
         raise ModelError(f"{len(spec.class_names)} class names for {spec.num_classes} classes")

@@ -413,6 +413,13 @@ def test_validation_resizes_and_cuts_the_centre(size: int, crop_pct: float, inte
     assert torch.equal(eval_transform(size, preprocessing)(image), to_tensor(expected))
 
 
+def test_validation_squashes_where_the_model_was_trained_so() -> None:
+    image = noise(90, 70)
+    expected = image.resize((40, 40), Image.Resampling.BICUBIC).crop((4, 4, 36, 36))
+    squash = replace(IMAGENET, crop_pct=0.8, crop_mode="squash")
+    assert torch.equal(eval_transform(32, squash)(image), to_tensor(expected))
+
+
 def test_validation_size_is_the_published_one() -> None:
     for size in range(32, 1024, 16):
         resize = eval_transform(size, IMAGENET).transforms[0]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_images
@@ -30,6 +31,7 @@ from dynamicvit.models.stages import FOR_FEATURES
 from dynamicvit.models.twins import dense_twin
 from dynamicvit.tools import predict, runtimes, speedup
 from dynamicvit.tools.accelerate import accelerate
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
 
@@ -266,6 +268,7 @@ def test_description_and_trace(images: Tensor, tmp_path: Path) -> None:
         "std": (0.4, 0.5, 0.6),
         "interpolation": "bilinear",
         "crop_pct": 0.8,
+        "crop_mode": "center",
     }
     spec = describe(model)
     assert (spec.pruning_loc, spec.keep_rates, spec.scorer, spec.num_classes) == (STAGES, HALF, "distinct", 5)
@@ -397,6 +400,23 @@ def test_accelerate_a_model_object_goes_on_where_it_was(tmp_path: Path, photos: 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("said", [True, False])
+def test_photos_are_squashed_where_the_processor_squashes_them(said: bool, tmp_path: Path) -> None:
+    size = {"height": 32, "width": 32}
+    vit().save_pretrained(tmp_path)
+    if said:
+        processor = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": 2}
+        processor |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    dense = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    save_pretrained(make_dynamic(dense, STAGES, HALF, "distinct", "merge"), tmp_path / "saved")
+    model = from_pretrained(tmp_path / "saved")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+    theirs = transformers.ViTImageProcessor(size=size, resample=2)(photo, return_tensors="pt")["pixel_values"][0]
+    ours = create_transform(**model.data_config)(photo)
+    torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0)  # they round after resizing
+
+
 def test_preprocessing_given_by_hand_is_saved_for_transformers_too(tmp_path: Path, photos: Path, untimed) -> None:
     vit().save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "preprocessor_config.json").write_text(PROCESSOR_TEXT)

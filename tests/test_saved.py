@@ -89,6 +89,7 @@ def test_names_notes_and_preprocessing(tmp_path: Path) -> None:
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
         "crop_pct": 0.9,
+        "crop_mode": "center",
         "interpolation": "bicubic",
     }
     assert timm.data.create_transform(**loaded.data_config)
