@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import ImageError, UserError
 from dynamicvit.image_files import ImageFiles, class_folders, kind, list_images, report_left_out, scan
-from dynamicvit.models.spec import LARGEST, ModelSpec, Preprocessing
+from dynamicvit.models.saved import first_line
+from dynamicvit.models.spec import LARGEST, ModelSpec, Preprocessing, shown
 from dynamicvit.options import NOT_NEGATIVE, SHARE, WORKERS, check_settings, setting, up_to
 from dynamicvit.samplers import TrainSampler
 from dynamicvit.signals import ignore_stop_signals
@@ -306,33 +308,70 @@ def read_folder(
 
 def read_inaturalist(root: Path, train: bool, year: int, upright: bool) -> ImageFiles:
     """iNaturalist 2018 or 2019 by its own JSON files; labels in DeiT's order, by first appearance."""
+    training = read_listing(root / f"train{year}.json")
+    labels: dict[int, int] = {}
+    for category in training.category_of.values():
+        labels.setdefault(category, len(labels))
+    names = dict(entries(read_json(file := root / "categories.json"), file, id=int, name=str))
+    if lacking := labels.keys() - names.keys():
+        raise UserError(f"{file} does not name category {min(lacking)}, which training images have")
+    listing = training if train else read_listing(root / f"val{year}.json")
+    return ImageFiles(inaturalist_samples(root, listing, labels), [names[number] for number in labels], root, upright)
+
+
+class Listing(NamedTuple):
+    """One of iNaturalist's JSON files."""
+
+    file: Path
+    images: list[tuple[int, str]]  # number and path
+    category_of: dict[int, int]  # by the image's number
+
+
+def read_listing(file: Path) -> Listing:
+    content = read_json(file)
+    parts = content if isinstance(content, dict) else {}
+    images = entries(parts.get("images"), file, id=int, file_name=str)
+    return Listing(file, images, dict(entries(parts.get("annotations"), file, image_id=int, category_id=int)))
+
+
+def entries(content: Any, file: Path, **kinds: type) -> list[tuple]:
+    """The fields of these names, each of its type, of the entries in a list. UserError if content is anything else."""
+    found = []
+    for entry in content if isinstance(content, list) else [content]:
+        values = tuple(map(entry.get, kinds)) if isinstance(entry, dict) else ()
+        if not isinstance(content, list) or tuple(map(type, values)) != tuple(kinds.values()):
+            wanted = ", ".join(f"{name}: {kind.__name__}" for name, kind in kinds.items())
+            raise UserError(
+                f"{file} is not iNaturalist's: it needs a list of entries with {wanted}; got {shown(entry)}"
+            )
+        found.append(values)
+    return found
+
+
+def inaturalist_samples(root: Path, listing: Listing, labels: dict[int, int]) -> Iterator[tuple[str, int]]:
+    for number, name in listing.images:
+        label = labels.get(listing.category_of.get(number))
+        if label is None:
+            raise UserError(f"{listing.file}: image {number} has no category, or one that no training image has")
+        path = root / name
+        try:
+            os.fsencode(path)
+            inside = path.resolve().is_relative_to(root.resolve())
+        except (OSError, RuntimeError, ValueError):  # no file can be called so, or a link leads to itself
+            inside = False
+        if not inside:
+            raise UserError(f"{listing.file} names an image that cannot be, or is outside this folder: {shown(name)}")
+        yield str(path), label
+
+
+def read_json(path: Path) -> Any:
     try:
-        train_json = read_json(root / f"train{year}.json")
-        labels: dict[int, int] = {}
-        for annotation in train_json["annotations"]:
-            labels.setdefault(annotation["category_id"], len(labels))
-        listing = train_json if train else read_json(root / f"val{year}.json")
-        names = {c["id"]: str(c["name"]) for c in read_json(root / "categories.json")}
-        samples = inaturalist_samples(root, listing, labels)
-        return ImageFiles(samples, [names[category] for category in labels], root, upright)
-    except (KeyError, TypeError, ValueError) as error:  # ValueError: of paths that no file can have
-        raise UserError(f"the JSON files in {root} are not iNaturalist's ({error!r})") from error
-
-
-def inaturalist_samples(root: Path, listing: dict, labels: dict[int, int]) -> Iterator[tuple[str, int]]:
-    category_of = {a["image_id"]: a["category_id"] for a in listing["annotations"]}
-    for image in listing["images"]:
-        path = root / image["file_name"]
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"a JSON file in {root} names an image outside this folder: {image['file_name']}")
-        yield str(path), labels[category_of[image["id"]]]
-
-
-def read_json(path: Path) -> dict | list:
-    try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}; iNaturalist needs train*.json, val*.json, categories.json") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(
+            f"cannot read {path} ({reason}); iNaturalist needs train*.json, val*.json, categories.json"
+        ) from error
 
 
 def train_transform(size: Size, augmentation: Augmentation, data_set: str = "IMNET") -> Transform:

@@ -353,12 +353,49 @@ def test_inaturalist(tmp_path: Path, data_set: str, year: int) -> None:
     assert [label for _, label in train] == [0, 1] and [label for _, label in val] == [0]
 
     write("val", {3: 5})
-    with pytest.raises(UserError, match="not iNaturalist's"):
+    with pytest.raises(UserError, match=f"val{year}.json: image 3 has no category"):
         build(False, tmp_path, data_set)
     files[3] = "../outside.jpg"
     write("val", {3: 7})
     with pytest.raises(UserError, match="outside"):
         build(False, tmp_path, data_set)
+
+
+LISTING = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "category_id": 7}]}
+CATEGORIES = [{"id": 7, "name": "owl"}]
+
+
+@pytest.mark.parametrize(
+    ("listing", "categories"),
+    [
+        ("[" * 100_000, CATEGORIES),
+        (b"\xff\xfe", CATEGORIES),
+        ([LISTING], CATEGORIES),
+        ({"images": LISTING["images"]}, CATEGORIES),
+        (LISTING | {"images": {"id": 1}}, CATEGORIES),
+        (LISTING | {"images": ["a.jpg"]}, CATEGORIES),
+        (LISTING | {"images": [{"id": [1], "file_name": "a.jpg"}]}, CATEGORIES),
+        (LISTING | {"images": [{"id": 2, "file_name": "a.jpg"}]}, CATEGORIES),
+        (LISTING | {"images": [{"id": 1, "file_name": 5}]}, CATEGORIES),
+        (LISTING | {"images": [{"id": 1, "file_name": "\ud800.jpg"}]}, CATEGORIES),
+        (LISTING | {"images": [{"id": 1, "file_name": "a\0.jpg"}]}, CATEGORIES),
+        (LISTING | {"images": [{"id": 1, "file_name": "loop/a.jpg"}]}, CATEGORIES),
+        (LISTING | {"images": [{"id": 1, "file_name": "../\n\33[2J"}]}, CATEGORIES),
+        (LISTING | {"annotations": [{"image_id": 1, "category_id": True}]}, CATEGORIES),
+        (LISTING | {"annotations": [{"image_id": 1, "category_id": -(10**30)}]}, CATEGORIES),
+        (LISTING, {"7": "owl"}),
+        (LISTING, [{"id": 7, "name": {"en": "owl"}}]),
+    ],
+)
+def test_odd_inaturalist_files(tmp_path: Path, listing: object, categories: object) -> None:
+    """Whatever they hold, one printable line that names the folder."""
+    (tmp_path / "loop").symlink_to("loop")
+    content = listing if isinstance(listing, bytes) else listing.encode() if isinstance(listing, str) else None
+    (tmp_path / "train2018.json").write_bytes(json.dumps(listing).encode() if content is None else content)
+    (tmp_path / "categories.json").write_text(json.dumps(categories))
+    with pytest.raises(UserError) as caught:
+        build_source(True, DataOptions("INAT", str(tmp_path)), 32)
+    assert str(caught.value).isprintable() and str(tmp_path) in str(caught.value)
 
 
 def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
