@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 from collections import Counter
@@ -39,6 +40,7 @@ MAX_BAD_IMAGES = 100  # in a row; more of them look like a disk that is gone
 IMAGENET_CLASSES = 1000
 NUM_SIZES = 1000  # files whose sizes are part of the fingerprint: asking for a million takes minutes
 WORKERS_PER_CORE = 16
+FILES_OPEN, FILES_PER_WORKER = 48, 10  # measured: up to 16, and 9 for each loader process (training and validation)
 
 Size = int | tuple[int, int]  # in pixels: of a square, or (height, width)
 Transform = Callable[[Image.Image], Tensor]
@@ -500,10 +502,26 @@ def build_val_loader(
 
 
 def check_num_workers(num_workers: int) -> None:
-    """Raises UserError for more loader processes than can be of any use: each takes memory and time to start."""
+    """Raises UserError for more loader processes than can be of any use, as each takes memory and time to start; and
+    for more than there may be open files for: torch waits for ever for images that no file was left to send."""
     cores = os.cpu_count() or 1
     if not 0 <= num_workers <= WORKERS_PER_CORE * cores:
         raise UserError(
             f"--num-workers must be from 0 to {WORKERS_PER_CORE * cores} ({WORKERS_PER_CORE} for each of the {cores} "
             f"cores here, more only take memory), got {num_workers}"
         )
+    needed = FILES_OPEN + FILES_PER_WORKER * num_workers
+    if num_workers and (allowed := open_files_allowed()) < needed:
+        raise UserError(
+            f"{num_workers} loader processes need {needed} open files, and {allowed} are allowed: allow more "
+            f"(ulimit -n {needed}), or lower --num-workers (0 needs none)"
+        )
+
+
+def open_files_allowed() -> float:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.inf
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if limit == resource.RLIM_INFINITY else limit

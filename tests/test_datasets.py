@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
+import resource
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -692,9 +694,21 @@ def test_loader_processes_of_validation_do_not_stay() -> None:
 
 def test_number_of_loader_processes_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(datasets, "open_files_allowed", lambda: math.inf)
     check_num_workers(64)
     for number in (65, 1000, -1):
         with pytest.raises(UserError, match=f"--num-workers must be from 0 to 64 .* got {number}"):
             build_val_loader(grey_images(2), 1, number, False)
         with pytest.raises(UserError, match="--num-workers"):
             build_train_loader(grey_images(2), 1, number, False, seed=0)
+
+
+def test_too_few_open_files_for_loader_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before any is started: torch would wait for ever for what they cannot send."""
+    limits = {"soft": 67}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limits["soft"], 4096))
+    with pytest.raises(UserError, match=r"2 loader processes need 68 open files, and 67 .* --num-workers"):
+        build_val_loader(grey_images(2), 1, 2, False)
+    build_val_loader(grey_images(2), 1, 0, False)
+    for limits["soft"] in (68, resource.RLIM_INFINITY):
+        build_val_loader(grey_images(2), 1, 2, False)
