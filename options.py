@@ -51,16 +51,18 @@ def setting(
     choices: Collection[str] | Callable[[], Collection[str]] | None = None,
     read: Callable[[str], Any] | None = None,
     excludes: Mapping[str, str] | None = None,
+    needs: str | None = None,
     unset: str = "none",
 ) -> Any:
     """A dataclass's field with a flag, whose type the field's annotation says (tuple: several values).
 
     allowed: the numbers in its range. choices: words, or what gives them when they are asked for. read: instead of
     these, makes the value of a word. group: the heading in --help. excludes: by name, settings that cannot be given
-    together with this one, and why not. unset: what None means, where another value is a recipe's default.
+    together with this one, and why not. needs: the setting without which this one does nothing. unset: what None
+    means, where another value is a recipe's default.
     """
     metadata = {"help": help, "allowed": allowed, "group": group, "choices": choices, "read": read, "unset": unset}
-    return field(default=default, metadata=metadata | {"excludes": excludes or {}})
+    return field(default=default, metadata=metadata | {"excludes": excludes or {}, "needs": needs})
 
 
 def settings_in(kind: type) -> list[Field]:
@@ -170,6 +172,14 @@ def check_settings(instance: Any) -> None:
                 raise UserError(f"{flag_of(f.name)} must be {allowed[0]}, got {entry}")
             if choices and not callable(choices) and entry not in choices:
                 raise UserError(f"{flag_of(f.name)} is one of {', '.join(choices)}, got {entry}")
+
+
+def check_needs(instance: Any, given: Collection[str]) -> None:
+    """Raises UserError for a setting that is given, by name, and does nothing, as another one is off."""
+    for f in settings_in(type(instance)):
+        needed = f.metadata["needs"]
+        if f.name in given and needed and not getattr(instance, needed):
+            raise UserError(f"{flag_of(f.name)} does nothing without {flag_of(needed)}; add this, or leave that out")
 
 
 # --- The parser

@@ -14,6 +14,7 @@ from dynamicvit.options import (
     POSITIVE,
     SEED,
     SHARE,
+    check_needs,
     check_settings,
     setting,
     up_to,
@@ -68,7 +69,9 @@ class Recipe:
     clip_grad: float | None = setting(None, "largest gradient norm", POSITIVE, group=OPTIMIZER)
     drop_path: float = setting(0.0, "stochastic depth at the last block, 0 at the first", BELOW_ONE, group=OPTIMIZER)
     model_ema: bool = setting(True, "also keep and evaluate the weights' moving average", group=OPTIMIZER)
-    model_ema_decay: float = setting(0.99996, "share of the average that a step leaves", SHARE, group=OPTIMIZER)
+    model_ema_decay: float = setting(
+        0.99996, "share of the average that a step leaves", SHARE, group=OPTIMIZER, needs="model_ema"
+    )
     amp: str = setting("auto", "mixed precision", group=OPTIMIZER, choices=PRECISIONS)
     compile: bool = setting(False, "torch.compile student and teacher, for validation too", group=OPTIMIZER)
     seed: int = setting(0, "of all that is random in a run", SEED, group=RUN)
@@ -80,12 +83,12 @@ class Recipe:
     )
     cls_weight: float = setting(1.0, "weight of the label loss; with 0, no labels are needed", NOT_NEGATIVE, group=LOSS)
     ratio_weight: float = setting(2.0, "weight of the ratio loss (2 for DeiT and LV-ViT)", NOT_NEGATIVE, group=LOSS)
-    distill_weight: float = setting(0.5, "weight of the distillation losses", NOT_NEGATIVE, group=LOSS)
+    distill_weight: float = setting(0.5, "weight of the distillation losses", NOT_NEGATIVE, group=LOSS, needs="distill")
     token_weight: float = setting(
-        1.0, "weight of the token loss within them; the logits' is 1", NOT_NEGATIVE, group=LOSS
+        1.0, "weight of the token loss within them; the logits' is 1", NOT_NEGATIVE, group=LOSS, needs="distill"
     )
     distill_temperature: float = setting(
-        1.0, "that the logits of both models are divided by to be compared", POSITIVE, group=LOSS
+        1.0, "that the logits of both models are divided by to be compared", POSITIVE, group=LOSS, needs="distill"
     )
     smoothing: float = setting(0.1, "label smoothing", BELOW_ONE, group=LOSS)
     repeated_aug: bool = setting(True, "each epoch shows a third of the images, three times each", group=MIXING)
@@ -121,6 +124,7 @@ class Recipe:
     def check(self, dense: bool, given: Collection[str]) -> None:
         """Raises UserError for values that do not go together. dense: what is trained is a plain backbone. given: the
         values that the user has set; where those of a recipe are too long for a short run, that is said."""
+        check_needs(self, given)
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise UserError(
                 f"mixup pairs images: --batch-size must be even, got {self.batch_size} (or --mixup 0 --cutmix 0)"

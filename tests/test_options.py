@@ -99,6 +99,25 @@ def test_flags_that_do_not_go_together() -> None:
         assert "--keep-rates and --base-rate exclude each other" in message(*flags.split())
 
 
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        *((f"--{name} 1", "--distill") for name in ("distill-weight", "token-weight", "distill-temperature")),
+        ("--dense --distill-weight 1", "--distill"),
+        ("--no-model-ema --model-ema-decay 0.9", "--model-ema"),
+    ],
+)
+def test_flags_that_would_do_nothing(flags: str, needed: str) -> None:
+    """Those that the user has given; a recipe may have values for what is off."""
+    assert f"does nothing without {needed};" in message(*flags.split())
+
+
+def test_flags_that_do_something() -> None:
+    for flags in ("--distill --distill-weight 1 --model-ema-decay 0.9", "--recipe label-free --cls-weight 1"):
+        training = start.read_flags(start.parse_args(flags.split())).training
+        start.choose_recipe(training, ModelSpec())[0].check(dense=False, given=training)
+
+
 @pytest.mark.parametrize("tool", [sweep, visualize])
 def test_tools_refuse_the_same(tool: ModuleType) -> None:
     parser = tool.build_parser()
