@@ -115,6 +115,23 @@ def test_class_folders_in_a_folder_of_their_own_are_labels(weights: Path, image_
     assert [row["top1"] for row in flat] == [row["top1"] for row in val] != ["", ""]
 
 
+def test_photos_are_turned_as_in_training(weights: Path, tmp_path: Path) -> None:
+    """A run with --exif is compared on upright photos, as its validation was."""
+    write_images(tmp_path / "data" / "val" / "cats", 3)
+    for path in (tmp_path / "data" / "val" / "cats").iterdir():
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        Image.open(path).save(path, exif=turned)
+    kl = {}
+    for exif in (True, False):
+        content = torch.load(weights) | {"args": {"exif": exif}}
+        torch.save(content, tmp_path / "run.pth")
+        flags = ["--methods", "attention+drop", "--base-rates", "0.6", "--output", tmp_path / str(exif)]
+        assert run(tmp_path / "run.pth", "--data-path", tmp_path / "data", *flags) == 0
+        kl[exif] = read_rows(tmp_path / str(exif))[1]["kl"]
+    assert kl[True] != kl[False]
+
+
 def test_stages_inside_and_before(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_images(tmp_path / "photos", 5)
     flags = ["--methods", "distinct+merge", "predictor+drop", "--places", "before", "inside", "--base-rates", "0.6"]

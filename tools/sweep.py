@@ -104,13 +104,13 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is what a sweep varies: use --base-rates and --methods")
     device = utils.pick_device(args.device)
     amp_dtype = pick_amp(args.amp, device)
-    model, trained, _ = load_trained_model(args)
+    model, trained, settings = load_trained_model(args)
     spec = model.spec
     if gives_embeddings(spec):
         raise UserError(f"{spec.arch} has no classifier, so there are no answers to compare")
     for base_rate in args.base_rates:
         check_rate(model, base_rate)  # before the first of many passes, what would stop a later one
-    source, labelled = read_images(args.data_set, args.data_path, spec)
+    source, labelled = read_images(args.data_set, args.data_path, spec, exif=settings.get("exif") is True)
     val_set = AugmentedDataset(source, eval_transform(spec.img_size, spec.preprocessing, args.data_set), train=False)
     loader = build_val_loader(val_set, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
     transform = BatchTransform(device, spec.preprocessing.mean, spec.preprocessing.std)
@@ -153,15 +153,16 @@ def rates_of(model: nn.Module, base_rate: float) -> tuple[float, ...]:
     return family_of(model).keep_rates(base_rate, len(model.pruning_loc))
 
 
-def read_images(data_set: str, data_path: str, spec: ModelSpec) -> tuple[Dataset, bool]:
-    """The images, and whether their labels are the model's. A folder without val/ is taken as it is."""
+def read_images(data_set: str, data_path: str, spec: ModelSpec, exif: bool = False) -> tuple[Dataset, bool]:
+    """The images, and whether their labels are the model's. A folder without val/ is taken as it is, its photos
+    upright. exif: whether those of a data set are turned upright, as they were in the model's training."""
     folder = Path(data_path)
     if data_set == "IMNET" and data_path and folder.is_dir() and not (folder / "val").is_dir():
         source = read_folder(folder, spec.num_classes, labelled=False)
         if len(source) == 0:
             raise UserError(f"no images in {folder}")
     else:
-        options = DataOptions(data_set, data_path, spec.num_classes)
+        options = DataOptions(data_set, data_path, spec.num_classes, exif=exif)
         source = build_source(False, options, spec.img_size, labelled=False)
     classes = list(source.classes)
     if not classes:
