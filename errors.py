@@ -18,7 +18,7 @@ from dynamicvit.signals import (
     raise_on_interrupt,
     say_and_die,
 )
-from dynamicvit.utils import LaunchError, log, say_once
+from dynamicvit.utils import LaunchError, log, printable, say_once
 
 
 class UserError(Exception):
@@ -120,8 +120,10 @@ def for_the_user(error: Exception) -> Exception | None:
 
 def print_error(error: Exception) -> None:
     """One line on stderr; from one process only, where several meet the same error."""
-    # a loader process's error comes with its traceback before it
-    message = (str(error).splitlines() or [type(error).__name__])[-1].removeprefix("dynamicvit.errors.ImageError: ")
+    message = str(error) or type(error).__name__
+    if "Original Traceback" in message:  # of a loader process, whose own error comes after it
+        message = message.splitlines()[-1].removeprefix("dynamicvit.errors.ImageError: ")
+    message = printable(message)
     with say_once(message) as chosen:
         if chosen or isinstance(error, LocalError):
             print(f"error: {message}", file=sys.stderr, flush=True)

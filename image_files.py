@@ -3,7 +3,6 @@
 import os
 import stat
 import struct
-import sys
 import warnings
 import zlib
 from array import array
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from dynamicvit.errors import ImageError
-from dynamicvit.utils import log
+from dynamicvit.utils import log, printable, warn
 from PIL import Image, features
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -106,7 +105,7 @@ def open_image(path: str | Path, upright: bool = True, short_side: int | None = 
         said = (str(error).splitlines() or [type(error).__name__])[0]
         reason = getattr(error, "strerror", None) or said.replace(f" {str(path)!r}", "")
         advice = "; replace or remove it" if os.path.isfile(path) else ""
-        raise ImageError(f"cannot read image {path} ({reason}){advice}") from error
+        raise ImageError(f"cannot read image {printable(path)} ({reason}){advice}") from error
 
 
 def check_size(path: str | Path, width: int, height: int) -> None:
@@ -121,8 +120,7 @@ def warn_of_large_images(path: str, pixels: int) -> None:
     """Once a process, as who has one such photo often has many."""
     if not warned:
         warned.append(path)
-        message = f"warning: {path} has {pixels / 1e6:.0f} million pixels: such photos take much time and memory"
-        print(message, file=sys.stderr, flush=True)
+        warn(f"{path} has {pixels / 1e6:.0f} million pixels: such photos take much time and memory")
 
 
 def turn_upright(image: Image.Image) -> Image.Transpose | None:

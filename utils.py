@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import sys
 import time
 import uuid
@@ -19,6 +20,7 @@ TIMEOUT_SECONDS = 1800  # for each exchange between processes
 START_SECONDS = 300  # for all of them to have started
 WARN_SECONDS = 60  # after which those that have not started are named
 MAX_PROCESSES = 1_000_000
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SAY_SECONDS = 60  # to wait for another process to say what has happened
 
 
@@ -144,10 +146,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def printable(text: object) -> str:
+    """On one line and without anything that a terminal obeys, whatever a file or a folder is called."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def warn(message: object) -> None:
+    """From every process that says it."""
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
 @cache
 def warn_once(message: str) -> None:
     """However often it is said in a process."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    warn(message)
 
 
 def get_rank() -> int:
@@ -163,10 +175,10 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def log(message: str) -> None:
+def log(*lines: str) -> None:
     """Prints, on rank 0 only."""
     if is_main_process():
-        print(message, flush=True)
+        print(*map(printable, lines), sep="\n", flush=True)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A run's checkpoints: which one to resume, what is in it, and writing it so that nothing is lost."""
 
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -14,7 +13,7 @@ from dynamicvit.errors import UserError
 from dynamicvit.models import CheckpointError, ModelError, ModelSpec, read_checkpoint
 from dynamicvit.models.pretrained import BEST, LAST, checkpoint_in, spec_of
 from dynamicvit.runs.whole import temporary_path, whole_file
-from dynamicvit.utils import gather, get_rank, is_main_process
+from dynamicvit.utils import gather, get_rank, is_main_process, printable, warn
 from torch import Tensor
 
 
@@ -144,7 +143,7 @@ def read_run(place: Place, changes: Changes) -> dict[str, Any] | None:
     content, error = attempt(read_and_check, place, path, changes) if ages[get_rank()] == max(ages) else (None, None)
     raise_first(gather(error))
     if get_rank() == reader:
-        print(f"checkpoint: {path}", flush=True)
+        print(f"checkpoint: {printable(path)}", flush=True)
     lacking = [rank for rank, age in enumerate(ages) if age != max(ages)]
     return send(content, reader, lacking) if lacking else content
 
@@ -241,7 +240,7 @@ class CheckpointWriter:
                 write_checkpoint(content, self.folder / name)
                 del self.unwritten[name]
             except UserError as error:
-                print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)
+                warn(f"{error}; training goes on")
 
     def wait(self) -> None:
         """Until all is on disk; raises UserError if that cannot be."""

@@ -1,7 +1,6 @@
 """What a run leaves in --output-dir: checkpoints, log.txt and TensorBoard events."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from dynamicvit.errors import UserError
 from dynamicvit.models import pictures
 from dynamicvit.runs.checkpoints import CheckpointWriter, Progress, RunState
 from dynamicvit.runs.whole import write_whole
-from dynamicvit.utils import is_main_process
+from dynamicvit.utils import is_main_process, warn
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -63,7 +62,7 @@ class Output:
                 self.events = SummaryWriter(self.folder)
             write(*arguments)
         except OSError as error:
-            print(f"warning: cannot write to {self.folder} ({error.strerror})", file=sys.stderr, flush=True)
+            warn(f"cannot write to {self.folder} ({error.strerror})")
             self.events = None  # a writer that has failed stays broken
 
     def _write_epoch(self, history: list[dict[str, Any]], pace: float, model: nn.Module) -> None:
@@ -84,8 +83,7 @@ class Output:
             raise
         except Exception as error:  # a user's own scorer may give anything
             reason = (str(error).splitlines() or [""])[0]
-            warning = f"warning: no pictures of epoch {epoch} ({type(error).__name__}: {reason})"
-            print(warning, file=sys.stderr, flush=True)
+            warn(f"no pictures of epoch {epoch} ({type(error).__name__}: {reason})")
 
     def _write_pictures(self, model: nn.Module, epoch: int) -> None:
         trace = pictures.prune(model, self.sample)

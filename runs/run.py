@@ -284,7 +284,7 @@ def print_summary(spec: ModelSpec, gflops: dict[str, float], dense: Record | Non
         rows.append((f"{kind}, moving average", gflops[kind], of_set(best, "val_ema/")))
     measured = {name: column for name, column in COLUMNS.items() if any(name in stats for _, _, stats in rows)}
     table = Table({"model": Column(spec.arch, width=30), "gflops": Column("GFLOPs", ".4g", 9)} | measured)
-    log(f"\n{table.heading()}")
+    log("", table.heading())
     for label, cost, stats in rows:
         log(table.line({"model": label, "gflops": cost, **stats}))
 
@@ -295,4 +295,4 @@ def of_set(record: Record, prefix: str) -> Record:
 
 def list_bad_images(paths: list[str]) -> None:
     if paths:
-        log("\n".join([f"\nskipped {len(paths)} image(s) that cannot be read:", *paths]))
+        log("", f"skipped {len(paths)} image(s) that cannot be read:", *paths)

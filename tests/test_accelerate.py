@@ -143,6 +143,16 @@ def test_whole_command_on_labelled_images(weights: Path, photos: Path, tmp_path:
     assert model.spec.reducer == FOR_SPEED.reducer and model.spec.class_names == ("cats", "dogs")
 
 
+def test_class_folders_that_cannot_be_printed(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """They are no names for a saved model's classes, but no reason to lose the model either."""
+    for name in ("cats", "dogs\x1b[31m\n"):
+        write_images(tmp_path / "photos" / name, 6)
+    (tmp_path / "photos" / "cats" / "\n.jpg").write_text("no image")
+    assert run(weights, tmp_path / "photos", tmp_path / "fast", "--steps", "0") == 0
+    assert models.from_pretrained(tmp_path / "fast").spec.class_names is None
+    assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
+
+
 def test_flat_folder_needs_no_labels(weights: Path, photos: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()

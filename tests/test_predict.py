@@ -172,3 +172,19 @@ def test_onnx_files_with_other_inputs_or_outputs(saved: Path, photos: Path, tmp_
     assert run(tmp_path / "fast.onnx", photos) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "fast.onnx" in error and error.count("\n") == 1
+
+
+def test_names_that_a_terminal_would_obey(saved: Path, photos: Path, tmp_path: Path, capsys) -> None:
+    """Colours, a cleared screen and a line that is none of ours, in names of photos, kinds of files and folders."""
+    odd = photos.rename(tmp_path / "odd\x1b[2J")
+    (odd / "0.jpg").rename(odd / "0\nerror: all is lost.jpg")
+    (odd / "1\r.jpg").write_text("no image")
+    (odd / "notes.\x1b[31m").touch()
+    assert run(saved, odd, "--json", tmp_path / "a.json") == 2
+    captured = capsys.readouterr()
+    assert all(line.isprintable() for line in (captured.out + captured.err).split("\n"))
+    assert "odd\\x1b[2J/0\\nerror: all is lost.jpg\n" in captured.out and "1\\r.jpg" in captured.err
+    assert captured.err.count("\n") == 2
+    assert json.loads((tmp_path / "a.json").read_text())[0]["photo"] == str(odd / "0\nerror: all is lost.jpg")
+    assert run(tmp_path / "no\nsuch\x1b[1m", odd) == 2
+    assert capsys.readouterr().err == f"error: no such file or folder: {tmp_path}/no\\nsuch\\x1b[1m\n"

@@ -211,7 +211,7 @@ class Acceleration:
         request, report = self.request, self.report
         if len(self.split.training) == 0 or request.budget.is_none:
             return
-        log(str(report))
+        log(*str(report).splitlines())
         batch_size = request.batch_size or BATCH_SIZE[self.use.device.type]
         changes = {"lr": FEATURES_LR} if request.features else {}
         recipe = build_recipe(
@@ -241,7 +241,7 @@ class Acceleration:
             self.fast.load_state_dict(self.dense.state_dict())
         self.fast.set_distilled_training(False)  # in a user's own training loop it answers with logits
         self.folder.finish(self.report, self.fast, self.comparison, self.held_back)
-        log(str(self.report))
+        log(*str(self.report).splitlines())
         if stopped is not None:
             raise Stopped(f"{stopped}; {self.folder.folder} holds the best so far")
         return self.fast.eval(), self.report

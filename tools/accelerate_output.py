@@ -77,7 +77,8 @@ class OutputFolder:
         notes = {name: value for name, value in row.items() if not name.startswith("images_per_s")}
         notes |= {"speedup": next(iter(report.speedups.values()), None), "measured at": report.use}
         purpose = {"purpose": FEATURES} if report.for_features else {}
-        names = fast.spec.class_names or (unnamed and classes) or None
+        printable = unnamed and all(map(str.isprintable, classes))
+        names = fast.spec.class_names or (printable and classes) or None
         try:
             save_pretrained(fast, self.folder, names, accelerated=notes, **purpose)
         except CheckpointError:

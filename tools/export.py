@@ -222,8 +222,8 @@ def undecided_images(model: nn.Module, images: Tensor, expected: Tensor, unit: f
 def measure(model: nn.Module, wanted: dict[str, Path], batch: int | None, half: bool, repeats: int) -> None:
     """Prints how long a batch takes, of the dense model and of this one, alternately in one process."""
     dense = dense_twin(model)
-    log(f"\nmedian of {repeats} rounds, {torch.get_num_threads()} threads; ratio: of dense to dynamic, within a round")
-    log(SPEED.heading())
+    title = f"median of {repeats} rounds, {torch.get_num_threads()} threads; ratio: of dense to dynamic, within a round"
+    log("", title, SPEED.heading())
     for kind, path in wanted.items():
         say(f"writing the dense model for {RUNTIMES[kind]} to compare with")
         with tempfile.TemporaryDirectory() as folder:

@@ -28,6 +28,7 @@ from dynamicvit.models.huggingface import answer_of
 from dynamicvit.models.saved import first_line, parse_config
 from dynamicvit.options import OneLineParser
 from dynamicvit.runs.whole import check_writable, whole_file
+from dynamicvit.utils import printable, warn
 from timm.data import create_transform
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
                 image = open_image(path)
             except ImageError as error:
                 bad += 1
-                print(f"warning: {error}", file=sys.stderr, flush=True)
+                warn(error)
                 continue
             output = run(transform(image)[None])[0]
             if not output.isfinite().all():
@@ -97,7 +98,7 @@ class Answers:
 
     files: dict[Path, Callable[[list[dict[str, Any]]], str]]
     records: list[dict[str, Any]] = field(default_factory=list)
-    first: tuple[str, Tensor] | None = None  # photo and embedding
+    first: tuple[str, Tensor] | None = None  # photo, as it is printed, and embedding
 
     def __post_init__(self) -> None:
         for path in self.files:
@@ -111,17 +112,18 @@ class Answers:
         probabilities, indices = output.softmax(dim=-1).topk(min(TOP, len(names)))
         top = [(names[i], p) for p, i in zip(probabilities.tolist(), indices.tolist(), strict=True)]
         self.records.append({"photo": photo, "classes": [{"class": name, "probability": p} for name, p in top]})
-        print("\n".join([photo, *(f"  {p:6.1%}  {name}" for name, p in top)]), flush=True)
+        print("\n".join([printable(photo), *(f"  {p:6.1%}  {name}" for name, p in top)]), flush=True)
 
     def add_embedding(self, photo: str, embedding: Tensor) -> None:
         """Its size and norm, and how similar to the first one it is."""
         self.records.append({"photo": photo, "embedding": embedding.tolist()})
-        print(f"{photo}: embedding of {len(embedding)} numbers, norm {embedding.norm():.3f}", flush=True)
+        name = printable(photo)
+        print(f"{name}: embedding of {len(embedding)} numbers, norm {embedding.norm():.3f}", flush=True)
         if self.first is None:
-            self.first = (photo, embedding)
+            self.first = (name, embedding)
         else:
             cosine = F.cosine_similarity(self.first[1], embedding, dim=0)
-            print(f"cosine of {self.first[0]} and {photo}: {cosine:.4f}", flush=True)
+            print(f"cosine of {self.first[0]} and {name}: {cosine:.4f}", flush=True)
 
     def write(self) -> None:
         for path, text_of in self.files.items():

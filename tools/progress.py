@@ -5,13 +5,15 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from dynamicvit.utils import printable
+
 EVERY_SECONDS = 5.0
 
 T = TypeVar("T")
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
