@@ -192,6 +192,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str | None = None, **kwargs: Any) -> None:
         super().__init__(prog=self.command or prog, formatter_class=DefaultsHelp, allow_abbrev=False, **kwargs)
+        self.register("type", Path, path)
         self.groups: dict[str, Any] = {}
         self.exclusions: list[tuple[Sequence[str], str]] = []
 

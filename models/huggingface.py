@@ -611,6 +611,8 @@ def side_of(size: Any) -> int | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():  # a FIFO would be waited for without end
+        return {}
     try:
         content = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -100,10 +100,13 @@ def save_pretrained(
     spec = describe_model(model, class_names)
     folder = Path(folder)
     weights, config = (folder / f"{name}.tmp" for name in (WEIGHTS, CONFIG))
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    if any(value.is_meta for value in state.values()):
+        raise CheckpointError("this model is not saved: it is on the meta device, without any weights")
     if odd := [name for name, value in state.items() if value.isnan().any()]:
         raise CheckpointError(f"this model is not saved: {odd[0]} holds NaN, so its answers are none")
     check_rebuilds(spec, model)
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         weights.write_bytes(save(state, metadata={"format": "pt"}))  # save_file: readable for its owner alone
@@ -227,6 +230,8 @@ def describe_model(model: nn.Module, class_names: Sequence[str] | None) -> Model
         raise CheckpointError(
             f"cannot tell how this {spec.arch} was built; build it with create_model or timm.create_model"
         )
+    if isinstance(class_names, str):
+        raise CheckpointError(f"class names are a list of names, got {shown(class_names)}")
     if class_names is not None:
         spec = replace(spec, class_names=tuple(class_names))
     check_values(spec)

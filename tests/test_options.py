@@ -146,6 +146,12 @@ def test_empty_words(flag: str) -> None:
         assert flag in text and "empty" in text
 
 
+def test_empty_paths_of_every_tool() -> None:
+    for parser, words in ((sweep.build_parser(), []), (visualize.build_parser(), ["fast", "photo.jpg"])):
+        with pytest.raises(UserError, match="--output: must not be empty"):
+            parser.parse_args([*words, "--output", ""])
+
+
 @pytest.mark.parametrize(
     "flags",
     [

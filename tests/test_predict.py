@@ -174,6 +174,12 @@ def test_onnx_files_with_other_inputs_or_outputs(saved: Path, photos: Path, tmp_
     assert error.startswith("error: ") and "fast.onnx" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["--json", "--csv"])
+def test_an_empty_name_is_no_file(flag: str, saved: Path, photos: Path, capsys) -> None:
+    assert run(saved, photos, flag, "") == 2
+    assert capsys.readouterr().err == f"error: argument {flag}: must not be empty\n"
+
+
 def test_names_that_a_terminal_would_obey(saved: Path, photos: Path, tmp_path: Path, capsys) -> None:
     """Colours, a cleared screen and a line that is none of ours, in names of photos, kinds of files and folders."""
     odd = photos.rename(tmp_path / "odd\x1b[2J")

@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 from conftest import ONE_THREAD, ROOT
+from dynamicvit.errors import UserError
 from dynamicvit.models import (
     SCORERS,
     CheckpointError,
@@ -32,6 +33,7 @@ from dynamicvit.models import (
     save_pretrained,
 )
 from dynamicvit.tools.dense import Own, find_dense
+from dynamicvit.tools.splits import is_image
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -530,3 +532,24 @@ def test_what_cannot_be_published(tmp_path: Path, saved: Path, monkeypatch: pyte
         push_to_hub(tmp_path, "user/mine")
     with pytest.raises(CheckpointError, match="cannot publish user/mine"):
         push_to_hub(saved, "user/mine", token="hf_none")
+
+
+def test_a_model_without_weights_is_not_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = create_model("deit_tiny", num_classes=2, dense=True, img_size=32, patch_size=8, depth=2)
+    with pytest.raises(CheckpointError, match="meta device"):
+        save_pretrained(model, tmp_path / "fast")
+    with pytest.raises(CheckpointError, match="a list of names, got 'ab'"):
+        save_pretrained(model, tmp_path / "fast", class_names="ab")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_fifos_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("config.json", "names.txt"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="not a saved model"):
+        from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot read the class names"):
+        Own(class_names=tmp_path / "names.txt").names()
+    assert not is_image(str(tmp_path / "names.txt"))

@@ -72,6 +72,8 @@ class Own:
         if not isinstance(self.class_names, (str, Path)):
             return tuple(self.class_names)
         try:
+            if not Path(self.class_names).is_file():  # a FIFO would be waited for without end
+                raise OSError("no such file")
             lines = Path(self.class_names).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the class names in {self.class_names} ({error})") from error

@@ -200,8 +200,10 @@ def name_hash(name: str) -> int:
 def is_image(path: str) -> bool:
     """By its header alone, as decoding thousands takes minutes."""
     try:
-        Image.open(path).close()
-        return True
+        if os.path.isfile(path):  # a FIFO would be waited for without end
+            Image.open(path).close()
+            return True
+        return False
     except (ImageError, *UNREADABLE):
         return False
 
