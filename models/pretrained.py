@@ -29,6 +29,7 @@ from .saved import (
     download,
     first_line,
     looks_like_saved,
+    not_finite,
     offline_if_unreachable,
     read_saved,
 )
@@ -411,15 +412,8 @@ def check_fit(model: nn.Module, weights: StateDict, may_lack: set[str]) -> None:
         whose = next((whose for name, whose in FOREIGN.items() if any(re.match(name, n) for n in weights)), None)
         reason = f"they are {whose}" if whose else f"another architecture, size or form? {'; '.join(listed)}"
         raise CheckpointError(f"the weights do not fit the model: {reason}")
-    check_finite(model, weights)
-
-
-def check_finite(model: nn.Module, weights: StateDict) -> None:
-    """Raises CheckpointError for weights that are not numbers. In buffers infinity may have a meaning."""
-    parameters = {name for name, _ in model.named_parameters()}
-    for name, value in weights.items():
-        if value.isnan().any() or (name in parameters and value.isinf().any()):
-            raise CheckpointError(f"the weights are damaged, or training went wrong: {name} holds NaN or infinity")
+    if bad := not_finite(model, weights):
+        raise CheckpointError(f"the weights are damaged, or training went wrong: {bad} holds NaN or infinity")
 
 
 def grid_of(model: nn.Module) -> tuple[int, int] | None:

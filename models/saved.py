@@ -77,6 +77,23 @@ PASSING_STATE = {
 logger = logging.getLogger(__name__)
 
 
+def not_finite(model: nn.Module, weights: StateDict) -> str | None:
+    """The name of one that is not a number. In buffers infinity may have a meaning."""
+    parameters = {name for name, _ in model.named_parameters()}
+    odd = (n for n, value in weights.items() if value.isnan().any() or (n in parameters and value.isinf().any()))
+    return next(odd, None)
+
+
+def check_savable(model: nn.Module, folder: str | Path) -> None:
+    if not str(folder):
+        raise CheckpointError("the name of the folder to save the model in is empty")
+    state = model.state_dict()
+    if any(value.is_meta for value in state.values()):
+        raise CheckpointError("this model is not saved: it is on the meta device, without any weights")
+    if bad := not_finite(model, state):
+        raise CheckpointError(f"this model is not saved: {bad} holds NaN or infinity, so its answers are none")
+
+
 def save_pretrained(
     model: nn.Module, folder: str | Path, class_names: Sequence[str] | None = None, **notes: Any
 ) -> None:
@@ -89,6 +106,7 @@ def save_pretrained(
     from its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
     the stages in its config and a preprocessor_config.json beside it.
     """
+    check_savable(model, folder)
     if isinstance(model, huggingface.PreTrainedVisionModel):
         huggingface.save(model, folder, class_names, notes)
         spec, origin = huggingface.description_of(model), huggingface.hub_name(model)
@@ -100,13 +118,8 @@ def save_pretrained(
     spec = describe_model(model, class_names)
     folder = Path(folder)
     weights, config = (folder / f"{name}.tmp" for name in (WEIGHTS, CONFIG))
-    state = model.state_dict()
-    if any(value.is_meta for value in state.values()):
-        raise CheckpointError("this model is not saved: it is on the meta device, without any weights")
-    if odd := [name for name, value in state.items() if value.isnan().any()]:
-        raise CheckpointError(f"this model is not saved: {odd[0]} holds NaN, so its answers are none")
     check_rebuilds(spec, model)
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         weights.write_bytes(save(state, metadata={"format": "pt"}))  # save_file: readable for its owner alone

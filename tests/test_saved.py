@@ -318,9 +318,12 @@ def test_a_note_of_another_kind_is_refused_and_the_folder_left_as_it_was(saved: 
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def test_a_model_without_numbers_is_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_without_numbers_is_not_saved(value: float, tmp_path: Path) -> None:
     model = create_model("deit_tiny", **TINY)
-    torch.nn.init.constant_(model.norm.bias, torch.nan)
+    with pytest.raises(CheckpointError, match="the name of the folder to save the model in is empty"):
+        save_pretrained(model, "")
+    torch.nn.init.constant_(model.norm.bias, value)
     with pytest.raises(CheckpointError, match=r"norm\.bias holds NaN"):
         save_pretrained(model, tmp_path / "fast")
     assert not (tmp_path / "fast").exists()
