@@ -202,9 +202,8 @@ LABEL_FREE = replace(
     ratio_weight=2.0,
     distill_weight=1.0,
     token_weight=0.0,
-    distill_temperature=2.0,
-    mixup=0.0,
-    cutmix=0.0,
+    distill_temperature=4.0,
+    mixup=0.2,
 )
 RECIPES = {
     "neurips": Entry(
@@ -232,12 +231,12 @@ RECIPES = {
     ),
     "label-free": Entry(
         LABEL_FREE,
-        Augmentation(color_jitter=0.0, aa="none", scale=(0.5, 1.0), reprob=0.0),
+        Augmentation(color_jitter=0.0, aa="none", scale=(0.25, 1.0), reprob=0.0),
         Expected(
             paper="docs/label_free.md, for models that are fast without training",
             hardware="500 photos, two cores of a CPU",
             hours="0.1, fine-tuning alone",
-            result="DeiT-Tiny with 0.76 of 1.25 GFLOPs answers 96.5 % (standard error 0.5) of new photos as before",
+            result="DeiT-Tiny with 0.74 of 1.25 GFLOPs answers 97.5 % (standard error 0.4) of new photos as before",
             source="measured",
         ),
     ),

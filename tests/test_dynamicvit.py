@@ -33,7 +33,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture) -> None:
 
 def test_wrong_words_are_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["acelerate"]) == 2
-    assert capsys.readouterr().err == "error: no command acelerate; did you mean accelerate?\n"
+    assert capsys.readouterr().err == "error: no command 'acelerate'; did you mean accelerate?\n"
     assert cli.main(["predict"]) == 2
     assert "required" in capsys.readouterr().err
     assert cli.main([]) == 2

@@ -213,7 +213,7 @@ class Acceleration:
             return
         log(*str(report).splitlines())
         batch_size = request.batch_size or BATCH_SIZE[self.use.device.type]
-        changes = {"lr": FEATURES_LR} if request.features else {}
+        changes = {"lr": FEATURES_LR, "mixup": 0.0, "cutmix": 0.0} if request.features else {}
         recipe = build_recipe(
             RECIPE, batch_size=batch_size, seed=request.seed, distill=True, model_ema=False, **changes
         )

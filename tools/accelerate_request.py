@@ -41,6 +41,9 @@ class Request:
         if self.purpose not in PURPOSES:
             raise UserError(f"a model is accelerated for its {' or its '.join(PURPOSES)}, not for {self.purpose!r}")
 
+        if not self.features and self.batch_size is not None and self.batch_size % 2:
+            raise UserError(f"fine-tuning mixes pairs of images: the batch size must be even, got {self.batch_size}")
+
     @property
     def features(self) -> bool:
         return self.purpose == FEATURES

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        print(f"error: no command {name}; {advice}" if name else usage(), file=sys.stderr)
+        print(f"error: no command {name!r}; {advice}" if name else usage(), file=sys.stderr)
         return 2
     return run(name, words)
 
