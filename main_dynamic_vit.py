@@ -133,6 +133,7 @@ def build_validation(start: Start, spec: ModelSpec, device: torch.device) -> Dat
 def command(argv: Sequence[str] | None = None) -> None:
     main(parse_args(argv))
     if dist.is_initialized():  # not after an error: it would wait for processes that know nothing of it
+        dist.barrier()  # gloo of torch 2.7 hangs, now and then, if its last exchange is still being tidied up
         dist.destroy_process_group()
 
 
