@@ -338,14 +338,15 @@ def read_listing(file: Path) -> Listing:
 
 def entries(content: Any, file: Path, **kinds: type) -> list[tuple]:
     """The fields of these names, each of its type, of the entries in a list. UserError if content is anything else."""
+    wanted = ", ".join(f"{name}: {kind.__name__}" for name, kind in kinds.items())
+    wrong = f"{file} is not iNaturalist's: it needs a list of entries with {wanted}; got "
+    if not isinstance(content, list):
+        raise UserError(wrong + shown(content))
     found = []
-    for entry in content if isinstance(content, list) else [content]:
+    for entry in content:
         values = tuple(map(entry.get, kinds)) if isinstance(entry, dict) else ()
-        if not isinstance(content, list) or tuple(map(type, values)) != tuple(kinds.values()):
-            wanted = ", ".join(f"{name}: {kind.__name__}" for name, kind in kinds.items())
-            raise UserError(
-                f"{file} is not iNaturalist's: it needs a list of entries with {wanted}; got {shown(entry)}"
-            )
+        if tuple(map(type, values)) != tuple(kinds.values()):
+            raise UserError(wrong + shown(entry))
         found.append(values)
     return found
 
@@ -362,7 +363,9 @@ def inaturalist_samples(root: Path, listing: Listing, labels: dict[int, int]) ->
         except (OSError, RuntimeError, ValueError):  # no file can be called so, or a link leads to itself
             inside = False
         if not inside:
-            raise UserError(f"{listing.file} names an image that cannot be, or is outside this folder: {shown(name)}")
+            raise UserError(
+                f"{listing.file} names an image whose path is impossible or leads out of this folder: {shown(name)}"
+            )
         yield str(path), label
 
 

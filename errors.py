@@ -112,7 +112,7 @@ def for_the_user(error: Exception) -> Exception | None:
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return LocalError(f"a loader process died, most likely because memory ran out ({error}); lower --num-workers")
     if isinstance(error, RuntimeError) and "Too many open files" in str(error):
-        return LocalError("too many open files; allow more (ulimit -n 1024), or lower --num-workers")
+        return LocalError("too many open files; allow more (ulimit -n 4096), or lower --num-workers")
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         return LocalError("another process is gone; its own message says why")
     return None

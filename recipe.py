@@ -204,6 +204,7 @@ LABEL_FREE = replace(
     token_weight=0.0,
     distill_temperature=4.0,
     mixup=0.2,
+    cutmix=1.0,
 )
 RECIPES = {
     "neurips": Entry(

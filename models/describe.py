@@ -54,7 +54,7 @@ def describe_timm_model(model: nn.Module) -> ModelSpec:
         num_classes=getattr(model, "num_classes", None),
         img_size=one_side(size),
         dense=True,
-        preprocessing=Preprocessing.from_timm(config),
+        preprocessing=Preprocessing.from_timm(config) if config else Preprocessing(),
     )
 
 

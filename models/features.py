@@ -26,7 +26,10 @@ class FeatureExtractor(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images -> (B, P+N, C) normed tokens: prefix tokens, then one for every patch."""
+        """(B, 3, H, W) images -> (B, P+N, C) normed tokens: prefix tokens, then one for every patch.
+
+        A transformers model's are its last_hidden_state, which CLIP's tower does not norm.
+        """
         return features_of(self.model, images)
 
 

@@ -14,12 +14,12 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ IMAGENET = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 # What a kind of model expects where no preprocessor_config.json says it: that of the weights published first.
 KINDS = {
     "vit": Preprocessing(HALF, HALF, 1.0, "bilinear", SQUASH),
-    "deit": IMAGENET,
+    "deit": replace(IMAGENET, crop_mode=SQUASH),
     "dinov2": IMAGENET,
     "dinov2_with_registers": IMAGENET,
     "siglip": Preprocessing(HALF, HALF, 1.0, "bicubic", SQUASH),
@@ -591,12 +591,15 @@ def read_processor(path: Path) -> tuple[Preprocessing, int | None] | None:
         content = json.loads(path.read_text())
         sides = (content.get("size"), content.get("crop_size") if content.get("do_center_crop", True) else None)
         resized, crop = (side_of(size) for size in sides)
+        named = content.get("image_processor_type") or content.get("feature_extractor_type") or ""
+        is_vit, size = named.startswith("ViT"), sides[0]
+        squashes = "height" in size if isinstance(size, Mapping) else is_vit or named.startswith("DeiT")
         preprocessing = Preprocessing(
             tuple(map(float, content["image_mean"])),
             tuple(map(float, content["image_std"])),
             crop / resized if crop and resized else 1.0,
-            PIL_FILTERS[content.get("resample", 3)],
-            SQUASH if isinstance(sides[0], Mapping) and "height" in sides[0] else "center",
+            PIL_FILTERS[content.get("resample", 2 if is_vit else 3)],
+            SQUASH if squashes else "center",
         )
         return preprocessing, crop or resized
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
@@ -640,7 +643,7 @@ def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None
         with quiet_transformers():
             model.save_pretrained(str(folder))
         Path(folder, PROCESSOR).write_text(processor, encoding="utf-8")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot save the model in {folder} ({error})") from error
 
 

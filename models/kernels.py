@@ -25,7 +25,7 @@ except ImportError:  # torch brings it on Linux with CUDA only
     triton = tl = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on a CPU, for tests
-COMPILER_IS_WRONG = torch.__version__ < (2, 14)
+COMPILING_LOOKS_LIKE_EXPORTING = torch.__version__ < (2, 14)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_NORM = 1e-12  # as in torch.nn.functional.normalize
 
@@ -46,7 +46,7 @@ def available(x: Tensor) -> bool:
 
 def is_exporting() -> bool:
     """As torch.compiler.is_exporting, for which compilers before torch 2.14 put True in all that they compile."""
-    return torch.compiler._is_exporting_flag if COMPILER_IS_WRONG else torch.compiler.is_exporting()
+    return torch.compiler._is_exporting_flag if COMPILING_LOOKS_LIKE_EXPORTING else torch.compiler.is_exporting()
 
 
 def class_attention(

@@ -84,14 +84,18 @@ def not_finite(model: nn.Module, weights: StateDict) -> str | None:
     return next(odd, None)
 
 
-def check_savable(model: nn.Module, folder: str | Path) -> None:
+def check_savable(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None) -> None:
+    if isinstance(class_names, str):
+        raise CheckpointError(f"class names are a list of names, got {shown(class_names)}")
     if not str(folder):
         raise CheckpointError("the name of the folder to save the model in is empty")
     state = model.state_dict()
     if any(value.is_meta for value in state.values()):
         raise CheckpointError("this model is not saved: it is on the meta device, without any weights")
     if bad := not_finite(model, state):
-        raise CheckpointError(f"this model is not saved: {bad} holds NaN or infinity, so its answers are none")
+        raise CheckpointError(
+            f"this model is not saved: {bad} holds NaN or infinity, so its outputs would be meaningless"
+        )
 
 
 def save_pretrained(
@@ -106,7 +110,7 @@ def save_pretrained(
     from its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
     the stages in its config and a preprocessor_config.json beside it.
     """
-    check_savable(model, folder)
+    check_savable(model, folder, class_names)
     if isinstance(model, huggingface.PreTrainedVisionModel):
         huggingface.save(model, folder, class_names, notes)
         spec, origin = huggingface.description_of(model), huggingface.hub_name(model)
@@ -243,8 +247,6 @@ def describe_model(model: nn.Module, class_names: Sequence[str] | None) -> Model
         raise CheckpointError(
             f"cannot tell how this {spec.arch} was built; build it with create_model or timm.create_model"
         )
-    if isinstance(class_names, str):
-        raise CheckpointError(f"class names are a list of names, got {shown(class_names)}")
     if class_names is not None:
         spec = replace(spec, class_names=tuple(class_names))
     check_values(spec)

@@ -44,7 +44,8 @@ class Preprocessing:
     @classmethod
     def from_timm(cls, config: Mapping[str, Any]) -> "Preprocessing":
         """Of timm's pretrained_cfg."""
-        return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+        known = [config[name] for name in ("mean", "std", "crop_pct", "interpolation")]
+        return cls(*known, config.get("crop_mode", "center"))
 
     def normalise(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 images -> float32, as the model takes them."""
@@ -132,9 +133,9 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts only, for JSON and for checkpoints."""
-        content = without_news(plain(asdict(self)), type(self))
+        content = without_newer_defaults(plain(asdict(self)), type(self))
         if self.preprocessing is not None:
-            content["preprocessing"] = without_news(content["preprocessing"], Preprocessing)
+            content["preprocessing"] = without_newer_defaults(content["preprocessing"], Preprocessing)
         return content
 
     @classmethod
@@ -167,7 +168,7 @@ class ModelSpec:
         return replace(self, dense=True)
 
 
-def without_news(content: dict[str, Any], kind: type) -> dict[str, Any]:
+def without_newer_defaults(content: dict[str, Any], kind: type) -> dict[str, Any]:
     """Without the newer fields that say what goes without saying, so that older versions can read the rest."""
     return {name: value for name, value in content.items() if name not in NEWER or value != getattr(kind, name)}
 

@@ -23,7 +23,7 @@ from dynamicvit.models import (
 from dynamicvit.models.factory import image_size
 from dynamicvit.models.families import family_of
 from dynamicvit.models.pretrained import BEST, LAST, StateDict, num_classes_of, published_weights, settings_of, spec_of
-from dynamicvit.models.spec import SIZES
+from dynamicvit.models.spec import SIZES, is_printable
 from dynamicvit.options import STEPS, ModelFlags, OneLineParser, add_flags, dashed, given, setting, settings_in, take
 from dynamicvit.recipe import RECIPES, Recipe
 from dynamicvit.runs.checkpoints import Place, read_run
@@ -334,7 +334,7 @@ def choose_class_names(
     """What to save with the model: its own names, unless it is dense and trains; else those of its labelled data."""
     if evaluating or (spec.class_names is not None and not spec.dense):
         return spec.class_names
-    learned = 0 < len(classes) == num_classes and all(name.isprintable() for name in classes)
+    learned = 0 < len(classes) == num_classes and all(map(is_printable, classes))
     return tuple(classes) if learned else None
 
 

@@ -123,7 +123,7 @@ def test_extractor_in_onnx_runtime(tmp_path: Path) -> None:
     fast = strengthen(make_dynamic(build(), (1, 3), (0.75, 0.5), "outlying", "merge_length"))
     extractor, shown, others = FeatureExtractor(fast).eval(), images(64, 64), images(64, 64, 3).flip(-1)
     path = tmp_path / "features.onnx"
-    batch = {0: torch.export.Dim("batch")}
+    batch = {0: torch.export.Dim("batch", max=1024)}  # torch 2.7 wants one named
     torch.onnx.export(extractor, (shown,), path, dynamo=True, dynamic_shapes=(batch,), verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: others.numpy()})

@@ -389,7 +389,7 @@ def test_accelerate_a_model_object_goes_on_where_it_was(tmp_path: Path, photos: 
     before = copy.deepcopy(dense.state_dict())
     how = QUICK | {"mean": (0.5, 0.5, 0.5)}
     first, report = accelerate(dense, photos, output=tmp_path / "fast", **how)
-    assert "no preprocessor_config.json" in report.notes[0] and "cosine" in report.rows["merged"]
+    assert "without a readable preprocessor_config.json" in report.notes[0] and "cosine" in report.rows["merged"]
     (tmp_path / "fast" / "model.safetensors").unlink()
     second, _ = accelerate(dense, photos, output=tmp_path / "fast", **how)  # from its last checkpoint
     for name, value in second.state_dict().items():
@@ -400,12 +400,12 @@ def test_accelerate_a_model_object_goes_on_where_it_was(tmp_path: Path, photos: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("said", [True, False])
-def test_photos_are_squashed_where_the_processor_squashes_them(said: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [{"height": 32, "width": 32}, 32, None], ids=["two sides", "one side", "nothing"])
+def test_photos_are_squashed_where_the_processor_squashes_them(said: dict | int | None, tmp_path: Path) -> None:
     size = {"height": 32, "width": 32}
     vit().save_pretrained(tmp_path)
-    if said:
-        processor = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": 2}
+    if said is not None:
+        processor = {"feature_extractor_type": "ViTFeatureExtractor", "size": said}
         processor |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     dense = transformers.ViTForImageClassification.from_pretrained(tmp_path)

@@ -350,7 +350,7 @@ def test_what_is_exported_runs_without_kernels() -> None:
         def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             return stage(*inputs)
 
-    exported = torch.export.export(Stage(), stage_inputs())
+    exported = torch.export.export(Stage(), stage_inputs(), strict=False)
     assert "dynamicvit" not in str(exported.graph)
 
 

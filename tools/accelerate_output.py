@@ -8,6 +8,7 @@ from typing import Any
 from dynamicvit.datasets import IMAGENET_CLASSES
 from dynamicvit.errors import UserError
 from dynamicvit.models import CheckpointError, ModelSpec, save_pretrained
+from dynamicvit.models.spec import is_printable
 from dynamicvit.runs.whole import temporary_path
 from dynamicvit.tools.accelerate_report import FEATURES, NUM_DIFFERENT, NUM_MERGED, Report, report_page
 from dynamicvit.tools.comparison import Comparison
@@ -77,12 +78,12 @@ class OutputFolder:
         notes = {name: value for name, value in row.items() if not name.startswith("images_per_s")}
         notes |= {"speedup": next(iter(report.speedups.values()), None), "measured at": report.use}
         purpose = {"purpose": FEATURES} if report.for_features else {}
-        printable = unnamed and all(map(str.isprintable, classes))
+        printable = unnamed and all(map(is_printable, classes))
         names = fast.spec.class_names or (printable and classes) or None
         try:
             save_pretrained(fast, self.folder, names, accelerated=notes, **purpose)
-        except CheckpointError:
-            if not self.training.is_dir():
+        except CheckpointError as error:
+            if error.__cause__ is None or not self.training.is_dir():  # refused, not failed to be written
                 raise
             shutil.rmtree(self.training, ignore_errors=True)
             log(f"warning: the disk is full; {self.training} was removed to save the model")

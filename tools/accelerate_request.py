@@ -40,8 +40,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.purpose not in PURPOSES:
             raise UserError(f"a model is accelerated for its {' or its '.join(PURPOSES)}, not for {self.purpose!r}")
-
-        if not self.features and self.batch_size is not None and self.batch_size % 2:
+        mixes = not self.features and not self.budget.is_none
+        if mixes and self.batch_size is not None and self.batch_size % 2:
             raise UserError(f"fine-tuning mixes pairs of images: the batch size must be even, got {self.batch_size}")
 
     @property

@@ -46,6 +46,9 @@ from torch import nn
 FEWEST_BLOCKS = 3
 
 
+FITTED = {"center": "the centre", "squash": "squashed, then the centre", "border": "with a border, then the centre"}
+
+
 @dataclass(frozen=True)
 class Own:
     """What a user says of his own weights, where the model's name does not tell."""
@@ -135,7 +138,9 @@ def check_blocks(dense: nn.Module, arch: str) -> None:
     """Raises UserError for a model without transformer blocks."""
     try:
         family = family_of(dense)
-        if not isinstance(family, SpatialAdapter) and len(family.blocks(dense)) >= FEWEST_BLOCKS:
+        if not isinstance(family, SpatialAdapter):
+            if (depth := len(family.blocks(dense))) < FEWEST_BLOCKS:
+                raise UserError(f"{arch} has {depth} transformer blocks; merging needs at least {FEWEST_BLOCKS}")
             return
     except ValueError as error:
         if isinstance(dense, PreTrainedVisionModel):
@@ -187,8 +192,8 @@ def assumed(dense: nn.Module, own: Own) -> list[str]:
     size = size if isinstance(size, int) else text_of(size)
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (how.mean, how.std))
     return [
-        f"assumed of the {'model, which has no preprocessor_config.json' if unsaid else 'weights'}: images of {size} "
-        f"pixels, the centre {how.crop_pct:.3f} of them, mean {mean}, std {std} "
+        f"assumed of the {'model, without a readable preprocessor_config.json' if unsaid else 'weights'}: images of "
+        f"{size} pixels, {FITTED[how.crop_mode]} {how.crop_pct:.3f} of them, mean {mean}, std {std} "
         f"({'' if unsaid else '--input-size, '}--crop-pct, --mean and --std say otherwise)"
     ]
 

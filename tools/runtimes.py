@@ -60,7 +60,7 @@ def trace(model: nn.Module, spec: ModelSpec, batch: int | None) -> torch.export.
     images = torch.randn(2 if batch is None else batch, *data_config(spec)["input_size"])
     shapes = ({0: torch.export.Dim("batch", max=LARGEST_BATCH)},) if batch is None else None
     with torch.no_grad():
-        return torch.export.export(model, (images,), dynamic_shapes=shapes)
+        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
 
 
 def write_onnx(model: nn.Module, spec: ModelSpec, path: Path, batch: int | None) -> None:
