@@ -149,6 +149,6 @@ def test_bad_input_is_one_line(scenes: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             dense_probe.read_frames(images, masks, (64, 96), classes, VOID)
-    with pytest.raises(UserError, match="has no patch tokens"):
+    with pytest.raises(UserError, match="has no transformer blocks to merge tokens between: give a ViT"):
         torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "convnext.pth")
         dense_probe.build_dense("test_convnext", str(tmp_path / "convnext.pth"), None)

@@ -35,6 +35,7 @@ from dynamicvit.models import (
 from dynamicvit.tools.dense import Own, find_dense
 from dynamicvit.tools.splits import is_image
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
@@ -393,7 +394,13 @@ def local_hub(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    forget_session()
     return tmp_path / "hub"
+
+
+def forget_session() -> None:
+    """That an earlier test has made without a network: huggingface_hub before 1.0 keeps it."""
+    getattr(_http, "reset_sessions", lambda: None)()
 
 
 @pytest.mark.parametrize("name", ["user/fast", "hf-hub:user/fast", "hf-hub:user/fast@main"])
@@ -482,6 +489,7 @@ def uploaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     server.files, server.asked = {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    forget_session()
     yield server.files
     server.shutdown()
     server.server_close()

@@ -132,8 +132,6 @@ class Contender:
 def build_dense(name: str, weights: str | None, size: Sequence[int] | None) -> nn.Module:
     """With its trained weights, in eval mode, for images of (height, width) pixels."""
     model, notes = build_by_name(name, Own(weights, None if size is None else one_side(size)))
-    if not hasattr(model, "num_prefix_tokens"):
-        raise UserError(f"{name} has no patch tokens: give a ViT")
     for note in notes:
         log(note)
     return model.eval()
