@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
+    if name.startswith("_") and name != "__version__":
         raise AttributeError(name)
     if name == "accelerate":
         return importlib.import_module("dynamicvit.tools.accelerate").accelerate
-    return getattr(importlib.import_module("dynamicvit.models"), name)
+    models = importlib.import_module("dynamicvit.models")
+    if name not in models.__all__:
+        raise AttributeError(f"module 'dynamicvit' has no attribute {name!r}")
+    return getattr(models, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(["accelerate", *importlib.import_module("dynamicvit.models").__all__])
 
 
 class ShortNames(MetaPathFinder, Loader):

@@ -18,7 +18,8 @@ def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any], origin: str
     "license" goes into the header, in place of that of timm's weights. origin: of a transformers model, the name on
     the hub that it comes from, or an empty one.
     """
-    base = get_pretrained_cfg(spec.arch, allow_unregistered=True)
+    # An architecture's name alone, without the tag of weights, says nothing of where the weights are from.
+    base = get_pretrained_cfg(spec.arch, allow_unregistered=True) if "." in spec.arch else None
     notes = dict(notes)
     features = notes.get("purpose") == "features"
     licence = notes.pop("license", None) or (base and base.license)

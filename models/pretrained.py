@@ -464,7 +464,8 @@ def pixels(model: nn.Module, grid: tuple[int, int]) -> str:
     if side is None:
         return ""
     now = side if isinstance(side, tuple) else (side, side)
-    before = tuple(count * size // own for count, size, own in zip(grid, now, grid_of(model), strict=True))
+    patch = [size // own for size, own in zip(now, grid_of(model), strict=True)]
+    before = tuple(count * size for count, size in zip(grid, patch, strict=True))
     before, now = (str(size[0]) if size[0] == size[1] else text_of(size) for size in (before, now))
     return f": weights for {before} px, used at {now} px"
 

@@ -216,10 +216,11 @@ def means(x: Tensor, place: Tensor, shares: Tensor, num_keep: int, num_prefix: i
 
 def with_mean_length(merged: Tensor, x: Tensor, place: Tensor, shares: Tensor, num_prefix: int) -> Tensor:
     """(B, P+K, C) merged tokens with the mean length, by their shares, of the (B, P+N, C) tokens in each."""
+    precision = torch.promote_types(x.dtype, torch.float32)
     before, after = (
-        torch.linalg.vector_norm(tokens[:, num_prefix:], dim=-1, dtype=torch.float32) for tokens in (x, merged)
+        torch.linalg.vector_norm(tokens[:, num_prefix:], dim=-1, dtype=precision) for tokens in (x, merged)
     )
-    wanted = torch.zeros_like(after).scatter_add(1, place, shares * before)
+    wanted = torch.zeros_like(after).scatter_add(1, place, (shares * before).to(precision))
     factor = F.pad(wanted / after.clamp(min=1e-12), (num_prefix, 0), value=1.0)
     return merged * factor[..., None].to(merged.dtype)
 

@@ -177,7 +177,14 @@ def check_values(spec: ModelSpec) -> None:
     """What a description is asked only when it is whole. Raises ModelError."""
     if (how := spec.preprocessing) is not None:
         colours = all(is_list_of(values, is_number) and len(values) == 3 for values in (how.mean, how.std))
-        usable = colours and min(how.std) > 0 and is_number(how.crop_pct) and 0.1 <= how.crop_pct <= 2
+        usable = (
+            colours
+            and min(how.mean) >= 0
+            and max(how.mean) <= 1
+            and min(how.std) > 0
+            and is_number(how.crop_pct)
+            and 0.1 <= how.crop_pct <= 2
+        )
         if not usable or how.interpolation not in INTERPOLATIONS or how.crop_mode not in CROP_MODES:
             raise ModelError(f"unusable preprocessing: {shown(how)}")
     if spec.class_names is not None and spec.num_classes not in (None, len(spec.class_names)):

@@ -701,7 +701,7 @@ def test_a_full_disk_costs_the_training_and_not_the_model(weights, photos, tmp_p
 
     def save_if_there_is_room(model: nn.Module, folder: Path, *rest: object, **notes: object) -> None:
         if (folder / "training").exists():
-            raise models.CheckpointError("no space left on device")
+            raise models.CheckpointError("cannot save") from OSError("no space left on device")
         save(model, folder, *rest, **notes)
 
     monkeypatch.setattr(accelerate_output, "save_pretrained", save_if_there_is_room)

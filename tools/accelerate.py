@@ -257,12 +257,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--flops-speedup", type=number(float, POSITIVE), help="instead: times fewer multiply-adds")
     add("--base-rate", type=share, help="instead: share of its tokens that each stage keeps")
     add("--keep-rates", type=share, nargs="+", help="instead: shares of all tokens, by stage")
-    add("--pruning-loc", type=number(int, NOT_NEGATIVE), nargs="+", help="blocks before which tokens merge")
+    add(
+        "--pruning-loc",
+        type=number(int, NOT_NEGATIVE),
+        nargs="+",
+        help="blocks in or before which tokens merge",
+    )
     add("--for", dest="purpose", choices=PURPOSES, default="answers", help="what is to stay (default: answers)")
     add("--for-batch", type=number(int, POSITIVE), help="images at a time in use (default: 8, or 128 on a GPU)")
     add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision in use; auto: bf16 on a GPU")
     add("--minutes", type=number(float, NOT_NEGATIVE), help=f"of fine-tuning, about (default: {MINUTES:g}; 0: none)")
-    add("--steps", type=number(int, NOT_NEGATIVE), help="instead, rounded up to tens: exactly repeatable")
+    add("--steps", type=number(int, NOT_NEGATIVE), help="instead, from 10 on rounded up to tens: exactly repeatable")
     add("--weights", type=path, help="file or folder of the dense model's weights (default: the published ones)")
     add("--input-size", type=number(int, POSITIVE), nargs="+", help="pixels, or height width (default: the model's)")
     add("--class-names", type=path, help="a file with the name of a class on each line")

@@ -154,9 +154,9 @@ class Comparison:
         self.answers[name] = answers
         row: Row = {"images": len(answers.outputs)}
         for figure, values in self.likeness.figures(answers, self.answers[DENSE].outputs).items():
-            row[figure], row[f"{figure}_error"] = summarise(values)
-            if name == DENSE and figure != "top1":
-                del row[f"{figure}_error"]  # it is compared with itself
+            row[figure], error = summarise(values)
+            if math.isfinite(error) and (name != DENSE or figure == "top1"):  # else it is compared with itself
+                row[f"{figure}_error"] = error
         self.rows[name] = row | {"gflops": self.gflops["dense" if name == DENSE else "dynamic"]}
         return f"{name}: " + ", ".join(f"{NAMES[figure]} {in_words(row, figure)}" for figure in NAMES if figure in row)
 

@@ -97,7 +97,10 @@ def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list
     if isinstance(model, nn.Module) or not is_name(str(model)):
         if own.weights or own.input_size:
             raise UserError("the model comes with its weights and its size: they belong to a model's name alone")
-        dense, notes = as_dense(model if isinstance(model, nn.Module) else load(model)), []
+        given = model if isinstance(model, nn.Module) else load(model)
+        dense, notes = as_dense(given), []
+        if not describe(given).dense:
+            notes = ["the model given is dynamic already: what is made faster is its dense backbone"]
         check_blocks(dense, dense.spec.arch)
     else:
         dense, notes = build_by_name(str(model), own)
@@ -169,6 +172,8 @@ def spec_by_name(name: str, content: dict[str, Any] | None, input_size: int | tu
     spec = described if described is not None and described.arch == name else ModelSpec(name)
     num_classes = num_classes_of(find_weights(content)) if content else spec.num_classes
     size = input_size or spec.img_size
+    if content is None and "." not in name and timm.is_model(name) and (tag := timm.get_pretrained_cfg(name).tag):
+        spec = replace(spec, arch=f"{name}.{tag}")  # whose weights they will be
     return replace(spec, dense=True, num_classes=num_classes, img_size=size, pruning_loc=None, keep_rates=None)
 
 
