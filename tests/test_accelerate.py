@@ -383,6 +383,19 @@ def test_predictors_of_a_dynamic_run_are_left_out(photos: Path, tmp_path: Path, 
     assert models.from_pretrained(tmp_path / "fast").spec.scorer == FOR_SPEED.scorer
 
 
+def test_a_dynamic_model_is_made_faster_anew_and_says_so(photos: Path) -> None:
+    dynamic = models.make_dynamic(dense_model(), (1,), (0.5,), "attention", "drop")
+    model, report = dynamicvit.accelerate(dynamic, photos, **FAST, minutes=0)
+    assert "dynamic already" in report.notes[0] and model.spec.scorer == FOR_SPEED.scorer
+
+
+def test_one_image_has_no_standard_error(weights: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "one", 1)
+    assert run(weights, tmp_path / "one", tmp_path / "fast", "--steps", "0") == 0
+    for name in ("report.json", "config.json"):
+        json.loads((tmp_path / "fast" / name).read_text(), parse_constant=pytest.fail)  # Infinity is no JSON
+
+
 def test_few_images_are_merged_without_training(weights: Path, tmp_path: Path, capsys) -> None:
     write_images(tmp_path / "few", 12)
     assert run(weights, tmp_path / "few", tmp_path / "fast", "--steps", "2") == 0

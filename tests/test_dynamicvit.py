@@ -9,6 +9,8 @@ from dynamicvit.models import __version__
 from dynamicvit.options import OneLineParser
 from dynamicvit.tools import cli
 
+import dynamicvit
+
 
 @pytest.fixture(autouse=True)
 def names_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +31,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in cli.COMMANDS)
+
+
+def test_the_package_shows_what_it_has() -> None:
+    assert dynamicvit.__version__ == __version__ and "make_dynamic" in dir(dynamicvit)
+    with pytest.raises(AttributeError, match="module 'dynamicvit' has no attribute 'make_dynamik'"):
+        dynamicvit.make_dynamik  # noqa: B018
 
 
 def test_wrong_words_are_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:

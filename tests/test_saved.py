@@ -22,6 +22,7 @@ from dynamicvit.errors import UserError
 from dynamicvit.models import (
     SCORERS,
     CheckpointError,
+    ModelSpec,
     Scorer,
     Scores,
     create_model,
@@ -32,6 +33,7 @@ from dynamicvit.models import (
     push_to_hub,
     save_pretrained,
 )
+from dynamicvit.models.card import model_card
 from dynamicvit.tools.dense import Own, find_dense
 from dynamicvit.tools.splits import is_image
 from huggingface_hub import constants
@@ -367,6 +369,8 @@ def test_a_card_tells_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
     header = card.split("---")[1]
     assert "base_model: timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k\n" in header
     assert "license: apache-2.0\n" in header and "library_name: dynamicvit\n" in header
+    own = model_card(ModelSpec("vit_tiny_patch16_224", num_classes=5, img_size=32, dense=True), "fast", {})
+    assert "base_model" not in own and "license" not in own  # whose weights they are is not known
     assert "| agreement | 0.98 |" in card and "| hardware | one / core |" in card
     assert "merges patches" in card and "Before blocks 3 it keeps" in card
     code = card.split("```python\n")[1].split("```")[0]
