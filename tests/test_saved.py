@@ -296,7 +296,7 @@ def test_whoever_may_read_one_file_may_read_the_other(tmp_path: Path) -> None:
 
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", in_chans=1)
-    with pytest.raises(CheckpointError, match=r"in_chans.* only its name, its classes and its image size are saved"):
+    with pytest.raises(CheckpointError, match=r"in_chan.* only its name, its classes and its image size are saved"):
         save_pretrained(model, tmp_path)
 
 

@@ -164,9 +164,9 @@ def test_low_precision(arch: str, dtype: torch.dtype, device: str) -> None:
             logits = model(images)
         assert (logits.float() - expected).abs().max() < 0.1 * expected.std()
     model.set_keep_rates(RATES)
-    with torch.autocast(device, dtype):
-        with torch.no_grad():
-            assert model(images).isfinite().all()
+    with torch.autocast(device, dtype), torch.no_grad():
+        assert model(images).isfinite().all()
+    with torch.autocast(device, dtype):  # a new one: torch 2.7 would keep its weights without gradient
         logits, features, keep_mask, keep_decisions = model.train()(images)
         assert keep_mask.dtype == torch.float32  # bfloat16 cannot count the locations of a batch
         loss = logits.float().square().mean() + features.float().square().mean() + sum(d.mean() for d in keep_decisions)
