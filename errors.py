@@ -103,14 +103,15 @@ def without_noise(raised: "sys.UnraisableHookArgs") -> None:
 
 def for_the_user(error: Exception) -> Exception | None:
     """The error whose message tells what to do; None for one that is a fault of the program."""
+    worker_died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    if worker_died or isinstance(error, ConnectionResetError):  # while an image was fetched from it
+        return LocalError(f"a loader process died, most likely because memory ran out ({error}); lower --num-workers")
     if isinstance(error, (UserError, ModelError, LaunchError, OSError)):
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return LocalError("out of GPU memory; lower --batch-size (in training, raise --update-freq to match)")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         return LocalError("out of memory; lower --batch-size or --num-workers, or end other programs")
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        return LocalError(f"a loader process died, most likely because memory ran out ({error}); lower --num-workers")
     if isinstance(error, RuntimeError) and "Too many open files" in str(error):
         return LocalError("too many open files; allow more (ulimit -n 4096), or lower --num-workers")
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
