@@ -140,7 +140,8 @@ def test_signalled_again_and_again(seed: int, options: list[str], undisturbed: P
         process.send_signal(number)  # a launcher passes on what the processes have got already
         output = finish(process, number)
         assert time.monotonic() - signalled < 20
-        assert f"{number.name} received: saved" in output
+        # SIGUSR1 ends it with 0, as does its end, which may come first
+        assert f"{number.name} received: saved" in output or (number == signal.SIGUSR1 and " (best) " in output)
         assert_whole(tmp_path)
     finish(start(options, tmp_path))
     assert_same_end(tmp_path, undisturbed)
