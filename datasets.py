@@ -18,7 +18,7 @@ from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import ImageError, UserError
 from dynamicvit.image_files import ImageFiles, class_folders, kind, list_images, report_left_out, scan
 from dynamicvit.models.saved import first_line
-from dynamicvit.models.spec import LARGEST, ModelSpec, Preprocessing, shown
+from dynamicvit.models.spec import LARGEST, ModelSpec, Preprocessing, shown, two_sides
 from dynamicvit.options import NOT_NEGATIVE, SHARE, WORKERS, check_settings, setting, up_to
 from dynamicvit.samplers import TrainSampler
 from dynamicvit.signals import ignore_stop_signals
@@ -229,7 +229,7 @@ def fingerprint(source: Dataset) -> str:
 
 
 def draw_shapes(train: bool, size: Size) -> Shapes:
-    height, width = as_pair(size)
+    height, width = two_sides(size)
     if height != width:
         raise UserError(f"images of SHAPES are square, got {height} x {width} pixels")
     try:
@@ -417,12 +417,7 @@ def eval_transform(size: Size, preprocessing: Preprocessing, data_set: str = "IM
 
 def is_native(size: Size, data_set: str) -> bool:
     """Whether the data set's images have this size anyway."""
-    return data_set == "SHAPES" or NATIVE_SIZE.get(data_set) == as_pair(size)
-
-
-def as_pair(size: Size) -> tuple[int, int]:
-    """(height, width)"""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return data_set == "SHAPES" or NATIVE_SIZE.get(data_set) == two_sides(size)
 
 
 class BatchTransform:

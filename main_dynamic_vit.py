@@ -6,7 +6,6 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +26,7 @@ from dynamicvit.models.pretrained import backbone_part
 from dynamicvit.optim import build_trainer, is_always_frozen, pick_amp, precision_name
 from dynamicvit.runs.checkpoints import RunState
 from dynamicvit.runs.run import Run, RunOptions, list_bad_images, log_model, print_summary, report_accuracy
-from dynamicvit.runs.start import RunFlags, Start, find_start, parse_args, read_flags
+from dynamicvit.runs.start import Flags, RunFlags, Start, find_start, parse_args
 from dynamicvit.signals import StopSignal
 from dynamicvit.utils import log
 from torch import nn
@@ -36,8 +35,7 @@ from torch.utils.data import DataLoader
 from dynamicvit import utils
 
 
-def main(args: Namespace) -> None:
-    flags = read_flags(args)
+def main(flags: Flags) -> None:
     stop = StopSignal() if not flags.run.eval else None
     device = utils.pick_device(flags.run.device)
     utils.init_distributed(device)

@@ -329,5 +329,5 @@ class ModelFlags:
 
 
 def add_model_flags(parser: OneLineParser) -> None:
-    """For tools, which read them with take(ModelFlags, args) or runs.start.load_trained_model."""
+    """For tools, which read them with take(ModelFlags, args)."""
     add_flags(parser, ModelFlags)

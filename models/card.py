@@ -6,7 +6,7 @@ from typing import Any
 from timm.models import get_pretrained_cfg
 
 from .reducers import REDUCERS
-from .spec import ModelSpec
+from .spec import ModelSpec, text_of
 
 CARD_MARK = "<!-- Written by save_pretrained, anew each time; remove this line to keep your changes. -->"
 
@@ -53,9 +53,8 @@ def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any], origin: str
 
 
 def what_it_is(spec: ModelSpec) -> str:
-    size = " x ".join(map(str, spec.img_size)) if isinstance(spec.img_size, tuple) else spec.img_size
     outputs = f"{spec.num_classes} classes" if spec.num_classes else "embeddings"
-    dense = f"{spec.arch}, {size} px, {outputs}"
+    dense = f"{spec.arch}, {text_of(spec.img_size)} px, {outputs}"
     if spec.dense:
         return f"{dense}."
     blocks = ", ".join(map(str, spec.pruning_loc))

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .spec import ModelSpec, Preprocessing, one_side
+from .spec import ModelSpec, Preprocessing, one_side, two_sides
 
 
 def describe(model: nn.Module) -> ModelSpec:
@@ -60,10 +60,9 @@ def describe_timm_model(model: nn.Module) -> ModelSpec:
 
 def data_config(spec: ModelSpec) -> dict[str, Any]:
     """Preprocessing as timm.data.create_transform takes it; input_size is (3, height, width)."""
-    size = spec.img_size if isinstance(spec.img_size, tuple) else (spec.img_size, spec.img_size)
     how = spec.preprocessing
     return {
-        "input_size": (3, *size),
+        "input_size": (3, *two_sides(spec.img_size)),
         "interpolation": how.interpolation,
         "mean": how.mean,
         "std": how.std,

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .features import features_of
+from .spec import two_sides
 
 
 def count_gflops(model: nn.Module, img_size: int | tuple[int, int], features: bool = False) -> float:
@@ -18,7 +19,7 @@ def count_gflops(model: nn.Module, img_size: int | tuple[int, int], features: bo
     img_size: side in pixels, or (height, width). Works on a copy, so that the model's mode,
     device and gradients stay as they are.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    height, width = two_sides(img_size)
     # On the meta device only shapes are computed, and no weights are held: fast at any size.
     # No gradients wanted, or the counter would look for that of attention pooling's query, and fail. In float32, as the
     # images are: a model in half precision costs the same.

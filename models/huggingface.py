@@ -40,7 +40,7 @@ from .pruning import (
 from .rates import check_keep_rates, geometric_keep_rates
 from .restoring import RESTORE, Restorer
 from .scorers import Attention
-from .spec import CheckpointError, ModelError, ModelSpec, Preprocessing, one_side
+from .spec import CheckpointError, ModelError, ModelSpec, Preprocessing, one_side, two_sides
 from .version import __version__
 from .vit import ViTAdapter
 
@@ -346,7 +346,7 @@ class DynamicVision(Dynamic):
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches that images of this size have."""
-        patch = pair(vision_config(self).patch_size)
+        patch = two_sides(vision_config(self).patch_size)
         return tuple(side // step for side, step in zip(images.shape[-2:], patch, strict=True))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -403,10 +403,6 @@ class DynamicVision(Dynamic):
         return answer_of(output), tokens, run.keep_mask(), run.keep_decisions
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def use_our_attention(model: DynamicVision) -> None:
     """Whatever set_attn_implementation has chosen since. Raises ValueError for a kernel that takes no bias."""
     for config in model.attention_configs:
@@ -451,7 +447,7 @@ class HuggingFaceAdapter:
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """(height, width) of the images that the model is used for: some position tables are larger."""
-        return pair(description_of(model).img_size)
+        return two_sides(description_of(model).img_size)
 
     def map_published(self, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         return weights
@@ -543,7 +539,7 @@ def spec_of(model: nn.Module) -> ModelSpec:
         names = tuple(str(config.id2label[i]) for i in range(classes))
         if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
             names = None
-    size = one_side(pair(vision_config(model).image_size))
+    size = one_side(two_sides(vision_config(model).image_size))
     kind = kind_of(type(model))
     preprocessing, crop = said_preprocessing(model) or (KINDS[kind], None)
     if crop is not None and kind.startswith("dinov2"):  # its table of positions is interpolated
@@ -650,7 +646,7 @@ def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None
 def processor_text(model: nn.Module) -> str:
     """Of a preprocessor_config.json: the one that the model came with, or a new one where that says something else."""
     spec, path = description_of(model), find_processor(model.config.name_or_path)
-    how, (height, width) = spec.preprocessing, pair(spec.img_size)
+    how, (height, width) = spec.preprocessing, two_sides(spec.img_size)
     if path is not None and (read_processor(path) or [None])[0] == how:
         return path.read_text()
     resized, squashed = [round(side / how.crop_pct) for side in (height, width)], how.crop_mode == SQUASH

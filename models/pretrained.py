@@ -33,7 +33,7 @@ from .saved import (
     offline_if_unreachable,
     read_saved,
 )
-from .spec import CheckpointError, ModelSpec, StateDict, check_values, shown
+from .spec import CheckpointError, ModelSpec, StateDict, check_values, one_side, shown, text_of, two_sides
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 SCRIPT = "download_pretrain.sh"  # beside it in a clone; not in the installed package
@@ -463,15 +463,11 @@ def pixels(model: nn.Module, grid: tuple[int, int]) -> str:
     side = getattr(model.patch_embed, "img_size", None) or getattr(getattr(model, "spec", None), "img_size", None)
     if side is None:
         return ""
-    now = side if isinstance(side, tuple) else (side, side)
+    now = two_sides(side)
     patch = [size // own for size, own in zip(now, grid_of(model), strict=True)]
     before = tuple(count * size for count, size in zip(grid, patch, strict=True))
-    before, now = (str(size[0]) if size[0] == size[1] else text_of(size) for size in (before, now))
+    before, now = (text_of(one_side(size)) for size in (before, now))
     return f": weights for {before} px, used at {now} px"
-
-
-def text_of(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"
 
 
 def doubt_of(embeddings: Tensor, grid: tuple[int, int]) -> str | None:

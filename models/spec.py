@@ -251,6 +251,16 @@ def one_side(size: Sequence[int]) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
+def two_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of one number for both, or of the two."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def text_of(size: int | Sequence[int]) -> str:
+    """224, or 352 x 480."""
+    return str(size) if isinstance(size, int) else " x ".join(map(str, size))
+
+
 def plain(value: Any) -> Any:
     """For JSON: numbers of numpy and of tensors become Python's, tuples become lists."""
     value = as_tuples(value)

@@ -1,7 +1,6 @@
 """What a run starts from, decided once: from the flags, a checkpoint and the data."""
 
 import sys
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -131,17 +130,14 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Flags:
     """Raises UserError for flags that do not exist, values out of range, and flags that do not go together."""
     words = dashed(sys.argv[1:] if argv is None else argv)
     for word in words:
         name = word.partition("=")[0]
         if name in RENAMED:
             raise UserError(f"{name} does not exist here; {RENAMED[name]}")
-    return build_parser().parse_args(words)
-
-
-def read_flags(args: Namespace) -> Flags:
+    args = build_parser().parse_args(words)
     training = given(Recipe, args) | given(Augmentation, args)
     return Flags(take(ModelFlags, args), take(DataOptions, args), take(RunFlags, args), training)
 
@@ -343,21 +339,19 @@ def choose_class_names(
 RUNS = Path("logs")  # where the newest run is looked for
 
 
-def load_trained_model(args: Namespace) -> tuple[nn.Module, bool, dict[str, Any]]:
+def load_trained_model(flags: ModelFlags, resume: str | None) -> tuple[nn.Module, bool, dict[str, Any]]:
     """A model in eval mode, whether what it has beside its dense backbone is trained, and its run's flags.
 
-    The model is as its checkpoint says, but for what the flags say. For tools: args has the flags of
-    add_model_flags and --resume (a checkpoint, a run's folder or a saved model's; None: the newest run under
-    logs/). Raises UserError.
+    The model is as its checkpoint says, but for what the flags say. For tools. resume: a checkpoint, a run's folder
+    or a saved model's; None: the newest run under logs/, unless the flags name weights. Raises UserError.
     """
-    flags = take(ModelFlags, args)
-    source = flags.pretrained or args.resume or newest_run()
+    source = flags.pretrained or resume or newest_run()
     content = read_checkpoint(source)
     base, weights = spec_of(content), find_weights(content)
     if base is None and flags.arch is None:
         raise UserError(f"{source} does not name its architecture; add --arch")
     base = base or ModelSpec(flags.arch, num_classes=num_classes_of(weights))
-    if args.resume and base.dense:
+    if resume and base.dense:
         raise UserError(f"{source} is of a dense run; give a dynamic one with --resume (or --pretrained {source})")
     set_seed(0)  # untrained predictors that choose the same tokens tomorrow
     model = build_model(with_flags(flags, base, flags.dense))

@@ -12,6 +12,8 @@ from conftest import ONE_THREAD, ROOT, launch
 from dynamicvit.errors import UserError
 from dynamicvit.models import create_model, make_dynamic, pictures, save_pretrained
 from dynamicvit.tools import dense_probe
+from dynamicvit.tools.frames import Frames, read_frames
+from dynamicvit.tools.probe import Contender, Probe, count_pairs, draw_pixels, scores, worst_tenth
 from PIL import Image
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -42,19 +44,19 @@ def folders(scenes: Path) -> list[str]:
     return [word for name in FIGURES for word in (f"--{name}", str(scenes / name))]
 
 
-def frames(scenes: Path, size: tuple[int, int] = (64, 96), part: str = "") -> dense_probe.Frames:
-    return dense_probe.read_frames(scenes / f"{part}images", scenes / f"{part}masks", size, 2, VOID)
+def frames(scenes: Path, size: tuple[int, int] = (64, 96), part: str = "") -> Frames:
+    return read_frames(scenes / f"{part}images", scenes / f"{part}masks", size, 2, VOID)
 
 
-def probe(scenes: Path, steps: int = 60) -> dense_probe.Probe:
+def probe(scenes: Path, steps: int = 60) -> Probe:
     how = create_model("deit_tiny", dense=True, **SIZES).spec.preprocessing
-    return dense_probe.Probe(frames(scenes), frames(scenes, part="val-"), how, 2, steps, 4, seed=0)
+    return Probe(frames(scenes), frames(scenes, part="val-"), how, 2, steps, 4, seed=0)
 
 
-def contenders() -> list[dense_probe.Contender]:
+def contenders() -> list[Contender]:
     torch.manual_seed(0)
     dense = create_model("deit_tiny", dense=True, img_size=(64, 96), num_classes=3, **SIZES).eval()
-    return [dense_probe.Contender("dense", dense), *dense_probe.faster_models(dense, [1.3])]
+    return [Contender("dense", dense), *dense_probe.faster_models(dense, [1.3])]
 
 
 def test_frames_are_cut_about_the_centre(scenes: Path) -> None:
@@ -73,7 +75,7 @@ def test_pixels_are_drawn_where_interpolation_puts_them() -> None:
     """The loss sees the very logits that the comparison computes for every pixel."""
     generator = torch.Generator().manual_seed(0)
     logits, masks = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 24, 64), dtype=torch.uint8)
-    where, labels = dense_probe.draw_pixels(masks, generator)
+    where, labels = draw_pixels(masks, generator)
     drawn = F.grid_sample(logits, where, padding_mode="border", align_corners=False)[:, :, 0]
     everywhere = F.interpolate(logits, (24, 64), mode="bilinear", align_corners=False)
     columns = ((where[:, 0, :, 0] + 1) * 64 / 2 - 0.5).round().long()
@@ -85,13 +87,13 @@ def test_pixels_are_drawn_where_interpolation_puts_them() -> None:
 
 def test_scores_by_hand() -> None:
     labels, answers = torch.tensor([0, 0, 0, 1, 2, 3]), torch.tensor([0, 0, 1, 1, 1, 0])
-    confusion = dense_probe.count_pairs(labels, answers, 3)  # 3 is no class
-    found = dense_probe.scores(confusion)
+    confusion = count_pairs(labels, answers, 3)  # 3 is no class
+    found = scores(confusion)
     assert found["miou"] == pytest.approx(100 * (2 / 3 + 1 / 3 + 0) / 3)
     assert found["accuracy"] == pytest.approx(100 * 3 / 5)
-    absent = dense_probe.scores(dense_probe.count_pairs(torch.tensor([0, 1]), torch.tensor([0, 1]), 3))
+    absent = scores(count_pairs(torch.tensor([0, 1]), torch.tensor([0, 1]), 3))
     assert absent["miou"] == pytest.approx(100)
-    assert dense_probe.worst_tenth(torch.arange(20.0)[None]) == pytest.approx(0.5)
+    assert worst_tenth(torch.arange(20.0)[None]) == pytest.approx(0.5)
 
 
 def test_the_head_learns_and_faster_models_are_near(scenes: Path) -> None:
@@ -148,7 +150,7 @@ def test_bad_input_is_one_line(scenes: Path, tmp_path: Path) -> None:
         (scenes / "images", tmp_path / "small", 2, r"its mask has \(10, 10\)"),
     ):
         with pytest.raises(UserError, match=message):
-            dense_probe.read_frames(images, masks, (64, 96), classes, VOID)
+            read_frames(images, masks, (64, 96), classes, VOID)
     with pytest.raises(UserError, match="has no transformer blocks to merge tokens between: give a ViT"):
         torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "convnext.pth")
         dense_probe.build_dense("test_convnext", str(tmp_path / "convnext.pth"), None)

@@ -32,13 +32,13 @@ BEFORE_SPECS = Path(__file__).parent / "run_before_specs.ckpt"
 
 
 def chosen(*flags: str, spec: ModelSpec = ModelSpec()) -> tuple[Recipe, Augmentation]:  # noqa: B008
-    return start.choose_recipe(start.read_flags(start.parse_args(list(flags))).training, spec)
+    return start.choose_recipe(start.parse_args(list(flags)).training, spec)
 
 
 def message(*flags: str) -> str:
     """Of the error that the flags end in: one line."""
     with pytest.raises(UserError) as caught:
-        chosen(*flags)[0].check(dense=False, given=start.read_flags(start.parse_args(list(flags))).training)
+        chosen(*flags)[0].check(dense=False, given=start.parse_args(list(flags)).training)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -87,8 +87,8 @@ def test_no_abbreviations_and_no_other_flags() -> None:
 
 
 def test_flags_with_underscores() -> None:
-    args = start.parse_args(["--base_rate", "0.5", "--data_path=my_data", "--output_dir", "a_b"])
-    assert (args.base_rate, args.data_path, args.output_dir) == (0.5, "my_data", "a_b")
+    flags = start.parse_args(["--base_rate", "0.5", "--data_path=my_data", "--output_dir", "a_b"])
+    assert (flags.model.base_rate, flags.data.data_path, flags.run.output_dir) == (0.5, "my_data", "a_b")
 
 
 def test_flags_that_do_not_go_together() -> None:
@@ -114,7 +114,7 @@ def test_flags_that_would_do_nothing(flags: str, needed: str) -> None:
 
 def test_flags_that_do_something() -> None:
     for flags in ("--distill --distill-weight 1 --model-ema-decay 0.9", "--recipe label-free --cls-weight 1"):
-        training = start.read_flags(start.parse_args(flags.split())).training
+        training = start.parse_args(flags.split()).training
         start.choose_recipe(training, ModelSpec())[0].check(dense=False, given=training)
 
 
@@ -172,7 +172,7 @@ def longer(*flags: str, **spec) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
-            recipe.check(spec.get("dense", False), start.read_flags(start.parse_args(list(flags))).training)
+            recipe.check(spec.get("dense", False), start.parse_args(list(flags)).training)
         except UserError as error:
             return str(error)
     return said.getvalue()
@@ -272,7 +272,7 @@ SAVED = ModelSpec("deit_tiny", 0.5, 10, 64, False, {"patch_size": 8}, (1, 2), (0
 
 
 def described(*flags: str, base: ModelSpec | None = SAVED) -> ModelSpec:
-    flags = start.read_flags(start.parse_args(["--eval", *flags]))
+    flags = start.parse_args(["--eval", *flags])
     return start.describe(flags.model, base, resumed=True, evaluating=True)
 
 

@@ -33,15 +33,23 @@ from dynamicvit.tools.accelerate_report import Report
 from dynamicvit.tools.accelerate_request import PURPOSES, Request, as_tuple
 from dynamicvit.tools.comparison import DENSE, MERGED, TUNED, Answers, Comparison, Likeness, likeness_of, predict_all
 from dynamicvit.tools.dense import Own, as_size, find_dense
-from dynamicvit.tools.finetune import RECIPE, Budget, FineTuning, NoSignal, Outcome
-from dynamicvit.tools.speedup import Deployment, Wish, choose_spec, make_faster, share_weights, time_models, time_ratios
+from dynamicvit.tools.finetune import MINUTES, RECIPE, Budget, FineTuning, NoSignal, Outcome
+from dynamicvit.tools.speedup import (
+    USUAL_SPEEDUP,
+    Deployment,
+    Wish,
+    choose_spec,
+    make_faster,
+    share_weights,
+    time_models,
+    time_ratios,
+)
 from dynamicvit.tools.splits import Decoded, Images, decode, first, split_images, with_progress
 from dynamicvit.utils import log
 from torch import nn
 
 from dynamicvit import utils
 
-SPEEDUP, MINUTES = 1.5, 5.0  # where nothing else is asked for
 CHOICE_IMAGES = 64  # by which layouts that are equally fast are told apart
 BATCH_SIZE = {"cpu": 16, "cuda": 128}  # of training
 FEATURES_LR = 1e-4  # every token's direction is a steadier target than the answer, which takes a tenth of it
@@ -93,14 +101,11 @@ def accelerate(
     does not tell. batch_size: of training. stop: ends it early; raises Stopped when what there is has been saved.
     Raises UserError, also for a speed-up that cannot be had (its message says which one can).
     """
-    by_hand = any(value is not None for value in (flops_speedup, base_rate, keep_rates))
-    speedup = SPEEDUP if speedup is None and not by_hand else speedup
-    minutes = MINUTES if minutes is None and steps is None else minutes
     request = Request(
         model=model,
         images=images,
-        wish=Wish(speedup, flops_speedup, base_rate, as_tuple(keep_rates), as_tuple(pruning_loc)),
-        budget=Budget(minutes, steps),
+        wish=Wish(speedup, flops_speedup, base_rate, as_tuple(keep_rates), as_tuple(pruning_loc)).or_usual(),
+        budget=Budget(minutes, steps).or_usual(),
         own=Own(weights, as_size(input_size), class_names, mean, std, crop_pct),
         use=Deployment.on(utils.pick_device(device), for_batch, amp),
         batch_size=batch_size,
@@ -108,11 +113,7 @@ def accelerate(
         seed=seed,
         purpose=purpose,
     )
-    job = Acceleration(request, OutputFolder(output, request.settings()), stop or NoSignal())
-    job.choose()
-    job.measure()
-    job.fine_tune()
-    return job.finish()
+    return Acceleration(request, OutputFolder(output, request.settings()), stop or NoSignal()).run()
 
 
 class Acceleration:
@@ -130,6 +131,12 @@ class Acceleration:
         self.held_back = decode(held_back, self.spec, request.workers)
         log(f"{len(self.split.training)} images to train on, {len(self.held_back)} held back to measure on")
         self.outcome: Outcome | None = None
+
+    def run(self) -> tuple[nn.Module, Report]:
+        self.choose()
+        self.measure()
+        self.fine_tune()
+        return self.finish()
 
     def choose(self) -> None:
         """The faster model, before any training: the one that an earlier run chose, or by the clock."""
@@ -253,7 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", help="timm's name or ours (deit_small, ...), user/name on the hub, or a folder of save_pretrained's")
     add("--images", type=path, required=True, help="a folder; class folders in it are used only for the report")
     add("--output", type=path, required=True, help="a new folder for the model and the report")
-    add("--speedup", type=number(float, POSITIVE), help=f"times as fast, measured here (default: {SPEEDUP})")
+    add("--speedup", type=number(float, POSITIVE), help=f"times as fast, measured here (default: {USUAL_SPEEDUP:g})")
     add("--flops-speedup", type=number(float, POSITIVE), help="instead: times fewer multiply-adds")
     add("--base-rate", type=share, help="instead: share of its tokens that each stage keeps")
     add("--keep-rates", type=share, nargs="+", help="instead: shares of all tokens, by stage")

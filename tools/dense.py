@@ -35,10 +35,9 @@ from dynamicvit.models.pretrained import (
     num_classes_of,
     published_weights,
     spec_of,
-    text_of,
 )
-from dynamicvit.models.saved import check_values
 from dynamicvit.models.spatial import SpatialAdapter
+from dynamicvit.models.spec import check_values, text_of
 from dynamicvit.models.twins import dense_twin
 from dynamicvit.tools.splits import Images
 from torch import nn
@@ -193,8 +192,7 @@ def assumed(dense: nn.Module, own: Own) -> list[str]:
     unsaid = isinstance(dense, PreTrainedVisionModel) and said_preprocessing(dense) is None
     if (own.weights is None and not unsaid) or None not in (own.mean, own.std, own.crop_pct):
         return []
-    how, size = dense.spec.preprocessing, dense.spec.img_size
-    size = size if isinstance(size, int) else text_of(size)
+    how, size = dense.spec.preprocessing, text_of(dense.spec.img_size)
     mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (how.mean, how.std))
     return [
         f"assumed of the {'model, without a readable preprocessor_config.json' if unsaid else 'weights'}: images of "

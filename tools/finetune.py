@@ -25,6 +25,7 @@ from dynamicvit.utils import log
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+MINUTES = 5.0  # of fine-tuning, where nothing else is asked for
 RECIPE, SAVE_FREQ = "label-free", "1m"
 VALIDATION_SHARE = 0.25  # of the minutes, at most: with many images held back there are fewer epochs
 VALIDATION_COST = 3  # times measuring the faster model alone, as the dense one is measured too
@@ -45,6 +46,9 @@ class Budget:
     def __post_init__(self) -> None:
         if self.minutes is not None and self.steps is not None:
             raise UserError("minutes and steps exclude each other: give one of them")
+
+    def or_usual(self) -> "Budget":
+        return Budget(MINUTES) if self.minutes is None and self.steps is None else self
 
     @property
     def is_none(self) -> bool:

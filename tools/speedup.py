@@ -18,6 +18,7 @@ from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec, geometric_keep_rates, make_dynamic
 from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
+from dynamicvit.models.spec import two_sides
 from dynamicvit.models.stages import (
     FEWEST_TOKENS,
     FOR_FEATURES,
@@ -39,7 +40,7 @@ TOLERANCE = 0.02  # of a speed-up: what timing cannot tell
 CLOSE_ENOUGH = 0.05  # above the wish; slower would be more like the dense model
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 6.0, 5, 30  # of a timing
 BUSY = 1.3  # median over least time, above which something else is going on
-USUAL_SPEEDUP = 1.5  # by which stages are placed whose rates are given by hand
+USUAL_SPEEDUP = 1.5  # where nothing else is asked for; and to place stages whose rates are given by hand
 GPU_TURN_SECONDS = 0.05  # in which a GPU's queue fills
 RATES = np.linspace(LOWEST_RATE, 1, 5)  # shares of its tokens that a stage keeps, whose cost is counted
 DENSE = "dense"
@@ -86,6 +87,10 @@ class Wish:
             value = getattr(self, name)
             if value is not None and not 1 < value < 100:
                 raise UserError(f"a {name.replace('_', '-')} must be above 1 (and below 100), got {value:g}")
+
+    def or_usual(self) -> "Wish":
+        given = (self.speedup, self.flops_speedup, self.base_rate, self.keep_rates)
+        return self if any(value is not None for value in given) else replace(self, speedup=USUAL_SPEEDUP)
 
 
 def layouts(dense: nn.Module, wish: Wish, features: bool) -> list[ModelSpec]:
@@ -246,8 +251,7 @@ def time_models(deployment: Deployment, size: int | tuple[int, int], models: dic
 
     The least of several rounds, as whatever else the machine does can only add to it.
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (deployment.batch_size, 3, height, width)
+    shape = (deployment.batch_size, 3, *two_sides(size))
     images = torch.randn(shape, device=deployment.device, dtype=deployment.amp_dtype)
     labels = torch.empty(0)
 

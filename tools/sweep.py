@@ -44,9 +44,11 @@ from dynamicvit.options import (
     KEEP_RATE,
     NOT_NEGATIVE,
     POSITIVE,
+    ModelFlags,
     OneLineParser,
     add_model_flags,
     number,
+    take,
 )
 from dynamicvit.runs.start import RUNS, load_trained_model
 from dynamicvit.runs.tables import Row
@@ -104,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is what a sweep varies: use --base-rates and --methods")
     device = utils.pick_device(args.device)
     amp_dtype = pick_amp(args.amp, device)
-    model, trained, settings = load_trained_model(args)
+    model, trained, settings = load_trained_model(take(ModelFlags, args), args.resume)
     spec = model.spec
     if gives_embeddings(spec):
         raise UserError(f"{spec.arch} has no classifier, so there are no answers to compare")

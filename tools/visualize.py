@@ -22,6 +22,7 @@ from dynamicvit.datasets import DATA_SETS, DataOptions, build_source, eval_trans
 from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import ModelSpec, gives_embeddings, pictures
 from dynamicvit.models.pruning import Trace
+from dynamicvit.models.spec import two_sides
 from dynamicvit.runs import start
 from dynamicvit.tools.photos import find_photos, read_photos
 from dynamicvit.utils import log
@@ -48,8 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    args.resume = which_model(args)
-    model, trained, settings = start.load_trained_model(args)
+    flags = options.take(options.ModelFlags, args)
+    source = which_model(args.model, args.resume, flags, args.source)
+    model, trained, settings = start.load_trained_model(flags, source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = run_data(settings)
     classes = () if gives_embeddings(model.spec) else class_names(model.spec, data)
@@ -67,16 +69,16 @@ def main(args: argparse.Namespace) -> None:
     log(f"{len(strips)} picture(s) in {args.output}")
 
 
-def which_model(args: argparse.Namespace) -> str | None:
+def which_model(model: str | None, resume: str | None, flags: options.ModelFlags, photos: str) -> str | None:
     """What to load; None for dense weights made dynamic by flags. UserError if the command does not say one thing."""
-    named = [name for name in (args.model, args.resume, args.pretrained) if name]
+    named = [name for name in (model, resume, flags.pretrained) if name]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} both name the weights; give one of them")
     if not named:
-        raise UserError(f"which model? give it before the image: visualize MODEL {args.source}")
-    if args.dense:
+        raise UserError(f"which model? give it before the image: visualize MODEL {photos}")
+    if flags.dense:
         raise UserError("--dense leaves nothing to see: a dense model keeps all its tokens")
-    return args.model or args.resume
+    return model or resume
 
 
 def run_data(settings: dict[str, Any]) -> DataOptions:
@@ -113,7 +115,7 @@ def read_images(source: str, count: int, spec: ModelSpec) -> Iterator[tuple[str,
 def preprocess(image: Image.Image, spec: ModelSpec, data_set: str) -> Tensor:
     """(3, H, W) uint8: as in validation. An image whose size is not the data set's is treated as a photo."""
     size = spec.img_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = two_sides(size)
     if not (image.size == (width, height) and is_native(size, data_set)):
         data_set = "IMNET"
     return eval_transform(size, spec.preprocessing, data_set)(image)
