@@ -17,8 +17,7 @@ import torch
 from dynamicvit.data.shapes import Shapes
 from dynamicvit.errors import ImageError, UserError
 from dynamicvit.image_files import ImageFiles, class_folders, kind, list_images, report_left_out, scan
-from dynamicvit.models.saved import first_line
-from dynamicvit.models.spec import LARGEST, ModelSpec, Preprocessing, shown, two_sides
+from dynamicvit.models.spec import LARGEST, ModelSpec, Preprocessing, first_line, shown, two_sides
 from dynamicvit.options import NOT_NEGATIVE, SHARE, WORKERS, check_settings, setting, up_to
 from dynamicvit.samplers import TrainSampler
 from dynamicvit.signals import ignore_stop_signals
@@ -352,6 +351,7 @@ def entries(content: Any, file: Path, **kinds: type) -> list[tuple]:
 
 
 def inaturalist_samples(root: Path, listing: Listing, labels: dict[int, int]) -> Iterator[tuple[str, int]]:
+    base = root.resolve()
     for number, name in listing.images:
         label = labels.get(listing.category_of.get(number))
         if label is None:
@@ -359,7 +359,7 @@ def inaturalist_samples(root: Path, listing: Listing, labels: dict[int, int]) ->
         path = root / name
         try:
             os.fsencode(path)
-            inside = path.resolve().is_relative_to(root.resolve())
+            inside = path.resolve().is_relative_to(base)
         except (OSError, RuntimeError, ValueError):  # no file can be called so, or a link leads to itself
             inside = False
         if not inside:

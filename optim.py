@@ -3,7 +3,7 @@ Trainer made of them. The values are a recipe's."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -211,15 +211,16 @@ def param_groups(model: nn.Module, weight_decay: float, decay_new_biases: bool =
 
 def learning_rates(recipe: Recipe, dense: bool, steps_per_epoch: int, epoch: float) -> dict[str, float]:
     """By group name. epoch: epochs done, with a fraction."""
-    lr = recipe.lr if recipe.lr_images is None else recipe.lr * recipe.step_images / recipe.lr_images
-    return SCHEDULES[recipe.schedule](replace(recipe, lr=lr), dense, steps_per_epoch, epoch)
+    return SCHEDULES[recipe.schedule](recipe, dense, steps_per_epoch, epoch)
 
 
 def rates_by_epoch(recipe: Recipe, dense: bool, steps_per_epoch: int, epoch: float) -> dict[str, float]:
     """The NeurIPS paper's for dynamic models, DeiT's for dense ones."""
     if dense:
-        return dense_rates(recipe.lr, recipe.min_lr, epoch, recipe.epochs, recipe.warmup_epochs)
-    return dynamic_rates(recipe.lr, recipe.min_lr, epoch, recipe.epochs, recipe.epochs_frozen, recipe.backbone_lr_scale)
+        return dense_rates(recipe.peak_lr, recipe.min_lr, epoch, recipe.epochs, recipe.warmup_epochs)
+    return dynamic_rates(
+        recipe.peak_lr, recipe.min_lr, epoch, recipe.epochs, recipe.epochs_frozen, recipe.backbone_lr_scale
+    )
 
 
 def is_always_frozen(schedule: Callable[[float], dict[str, float]], epochs: int, steps_per_epoch: int) -> bool:
@@ -254,9 +255,9 @@ def rates_by_step(recipe: Recipe, dense: bool, steps_per_epoch: int, epoch: floa
     once it is no longer frozen."""
     step, warmup = round(epoch * steps_per_epoch), round(recipe.warmup_epochs * steps_per_epoch)
     if step < warmup:
-        lr = recipe.lr * step / max(warmup - 1, 1)
+        lr = recipe.peak_lr * step / max(warmup - 1, 1)
     else:
-        lr = cosine(recipe.lr, recipe.min_lr, step - warmup, recipe.epochs * steps_per_epoch - warmup)
+        lr = cosine(recipe.peak_lr, recipe.min_lr, step - warmup, recipe.epochs * steps_per_epoch - warmup)
     if dense:
         return {BACKBONE: lr}
     frozen = step < recipe.epochs_frozen * steps_per_epoch

@@ -16,6 +16,7 @@ from dynamicvit.options import (
     SHARE,
     check_needs,
     check_settings,
+    flag_of,
     setting,
     up_to,
 )
@@ -117,6 +118,11 @@ class Recipe:
         return self.batch_size * self.update_freq * get_world_size()
 
     @property
+    def peak_lr(self) -> float:
+        """The learning rate that a schedule comes down from."""
+        return self.lr if self.lr_images is None else self.lr * self.step_images / self.lr_images
+
+    @property
     def epochs_frozen(self) -> float:
         """Epochs in which a dynamic model's backbone does not learn."""
         return self.warmup_epochs if self.frozen_epochs is None else self.frozen_epochs
@@ -141,7 +147,7 @@ class Recipe:
             self.say_too_long("time with the backbone frozen", name, self.epochs_frozen, given)
 
     def say_too_long(self, what: str, name: str, epochs: float, given: Collection[str]) -> None:
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         text = f"a {what} of {epochs:g} epochs ({flag}) is longer than the run of {self.epochs}; give a lower {flag}"
         if name in given:
             raise UserError(text)

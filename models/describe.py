@@ -9,8 +9,12 @@ from .spec import ModelSpec, Preprocessing, one_side, two_sides
 
 
 def describe(model: nn.Module) -> ModelSpec:
-    """model: of timm or ours, dense or dynamic."""
-    built_as = vars(model).get("built_as") or vars(model).get("spec") or describe_timm_model(model)
+    """model: of timm, of transformers or ours, dense or dynamic."""
+    from .huggingface import PreTrainedVisionModel, spec_of  # which is made of what imports this
+
+    built_as = vars(model).get("built_as") or vars(model).get("spec")
+    if built_as is None:
+        built_as = spec_of(model) if isinstance(model, PreTrainedVisionModel) else describe_timm_model(model)
     return replace(built_as, **what_has_changed(model, built_as), **stages_of(model))
 
 

@@ -106,13 +106,17 @@ def rebuild(mixin: type, backbone_class: type[nn.Module]) -> nn.Module:
     return joined.__new__(joined)
 
 
-def check_own_methods(backbone: nn.Module, mixin: type) -> None:
-    """Raises ValueError where the backbone's forward pass is not timm's, as the dynamic one would bypass it."""
+def check_not_dynamic(backbone: nn.Module) -> None:
     if isinstance(backbone, Dynamic):
         raise ValueError(
             "the model is dynamic already, as make_dynamic changes a model in place: start from the dense one "
             "(copy.deepcopy keeps it), or change this one by set_keep_rates"
         )
+
+
+def check_own_methods(backbone: nn.Module, mixin: type) -> None:
+    """Raises ValueError where the backbone's forward pass is not timm's, as the dynamic one would bypass it."""
+    check_not_dynamic(backbone)
     for name in ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers"):
         if name in vars(backbone):
             raise ValueError(f"this model's {name} is wrapped, and the wrapping would be lost: make it dynamic before")

@@ -6,7 +6,6 @@ outputs_of(model, images) (what a teacher gives), map_published(weights, model).
 """
 
 import numbers
-import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -18,6 +17,7 @@ from .lvvit import LVViTAdapter
 from .reducers import REDUCERS, Reducer
 from .scorers import SCORERS, Scorer
 from .spatial import ADAPTERS, SpatialAdapter
+from .spec import is_word
 from .stages import FOR_FEATURES, FOR_SPEED, choose
 from .vit import ViTAdapter
 
@@ -115,7 +115,7 @@ def find(wanted: str | Scorer | Reducer, known: dict, kind: type) -> Scorer | Re
         if wanted not in known:
             raise ValueError(f"unknown {kind.__name__.lower()} '{wanted}'; known: {', '.join(known)}")
         return known[wanted]
-    if not isinstance(wanted, kind) or not re.fullmatch(r"[\w.\-]+", getattr(wanted, "name", "")):
+    if not isinstance(wanted, kind) or not is_word(getattr(wanted, "name", None)):
         raise ValueError(
             f"a {kind.__name__.lower()} is a name or a {kind.__name__} with a name of one word, got {wanted!r}"
         )

@@ -25,7 +25,8 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from .blocks import Tokens
-from .dynamic import Dynamic, Plan
+from .describe import describe
+from .dynamic import Dynamic, Plan, check_not_dynamic
 from .pruning import (
     Forward,
     TokenPruning,
@@ -40,7 +41,16 @@ from .pruning import (
 from .rates import check_keep_rates, geometric_keep_rates
 from .restoring import RESTORE, Restorer
 from .scorers import Attention
-from .spec import CheckpointError, ModelError, ModelSpec, Preprocessing, one_side, two_sides
+from .spec import (
+    CheckpointError,
+    ModelError,
+    ModelSpec,
+    Preprocessing,
+    first_line,
+    one_side,
+    plain,
+    two_sides,
+)
 from .version import __version__
 from .vit import ViTAdapter
 
@@ -447,7 +457,7 @@ class HuggingFaceAdapter:
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """(height, width) of the images that the model is used for: some position tables are larger."""
-        return two_sides(description_of(model).img_size)
+        return two_sides(describe(model).img_size)
 
     def map_published(self, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         return weights
@@ -476,8 +486,7 @@ class HuggingFaceAdapter:
         return [_passes.current.attention]
 
     def make_dynamic(self, model: nn.Module, plan: Plan) -> nn.Module:
-        if isinstance(model, Dynamic):
-            raise ValueError("the model is dynamic already: start from the dense one, or change it by set_keep_rates")
+        check_not_dynamic(model)
         parts = parts_of(model)
         depth, loc = len(parts.layers), plan.pruning_loc
         if not loc or list(loc) != sorted(set(loc)) or not all(1 <= i < depth for i in loc):
@@ -495,7 +504,7 @@ class HuggingFaceAdapter:
     def change(self, model: nn.Module, parts: Parts, plan: Plan, keep_rates: tuple[float, ...]) -> None:
         """All checks have passed."""
         register_attention()
-        spec = description_of(model)
+        spec = describe(model)
         configs: dict[int, Any] = {}  # copies, so that others made from the same config stay dense
         for part in model.modules():
             if (config := vars(part).get("config")) is not None:
@@ -552,11 +561,6 @@ def spec_of(model: nn.Module) -> ModelSpec:
         preprocessing=preprocessing,
         class_names=names,
     )
-
-
-def description_of(model: nn.Module) -> ModelSpec:
-    """As it was changed since it was loaded, of a dense model or a dynamic one."""
-    return getattr(model, "spec", None) or spec_of(model)
 
 
 def said_preprocessing(model: nn.Module) -> tuple[Preprocessing, int | None] | None:
@@ -633,19 +637,19 @@ def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None
         model.config.id2label = dict(enumerate(class_names))
         model.config.label2id = {name: i for i, name in enumerate(class_names)}
     if notes and isinstance(entry := getattr(model.config, ENTRY, None), Mapping):
-        setattr(model.config, ENTRY, {**entry, "notes": json.loads(json.dumps(notes, default=str))})
+        setattr(model.config, ENTRY, {**entry, "notes": json.loads(json.dumps(plain(notes), default=str))})
     processor = processor_text(model)
     try:
         with quiet_transformers():
             model.save_pretrained(str(folder))
         Path(folder, PROCESSOR).write_text(processor, encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot save the model in {folder} ({error})") from error
+        raise CheckpointError(f"cannot save the model in {folder} ({first_line(error)})") from error
 
 
 def processor_text(model: nn.Module) -> str:
     """Of a preprocessor_config.json: the one that the model came with, or a new one where that says something else."""
-    spec, path = description_of(model), find_processor(model.config.name_or_path)
+    spec, path = describe(model), find_processor(model.config.name_or_path)
     how, (height, width) = spec.preprocessing, two_sides(spec.img_size)
     if path is not None and (read_processor(path) or [None])[0] == how:
         return path.read_text()
@@ -693,7 +697,7 @@ def new_dense(model: nn.Module) -> nn.Module:
     config.name_or_path = model.config.name_or_path
     vars(config).pop(ENTRY, None)
     dense = getattr(model, "backbone_class", type(model))(config)
-    dense.spec = description_of(model).as_dense()
+    dense.spec = describe(model).as_dense()
     return dense.eval()
 
 
@@ -706,7 +710,7 @@ def load_dense(folder: str | Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ModelError(f"{folder} is a transformers model: pip install 'transformers>=4.50'") from error
+        raise ModelError(f"{folder} is a transformers model: pip install 'transformers>=4.56'") from error
     architecture = next(iter(content.get("architectures") or ["AutoModel"]))
     model_class = getattr(transformers, str(architecture), None)
     is_known = isinstance(model_class, type) and kind_of(model_class) is not None
@@ -716,9 +720,7 @@ def load_dense(folder: str | Path) -> nn.Module:
         with quiet_transformers():
             model = model_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except Exception as error:  # of any type, by what is missing or does not fit
-        raise CheckpointError(
-            f"{folder} cannot be loaded by transformers ({str(error).strip().splitlines()[0]})"
-        ) from error
+        raise CheckpointError(f"{folder} cannot be loaded by transformers ({first_line(error)})") from error
     model.spec = spec_of(model)
     return model.eval()
 

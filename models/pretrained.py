@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from . import huggingface
 from .describe import data_config
 from .factory import ARCHS, build_model, check_known
-from .families import family_of, make_dynamic
+from .families import family_of
 from .saved import (
     build_on_meta,
     download,
-    first_line,
+    load_transformers,
     looks_like_saved,
     not_finite,
     offline_if_unreachable,
     read_saved,
 )
-from .spec import CheckpointError, ModelSpec, StateDict, check_values, one_side, shown, text_of, two_sides
+from .spec import CheckpointError, ModelSpec, StateDict, check_values, first_line, one_side, shown, text_of, two_sides
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 SCRIPT = "download_pretrain.sh"  # beside it in a clone; not in the installed package
@@ -104,19 +104,6 @@ def fetched(source: str | Path, revision: str | None = None) -> str | Path:
     return source if not str(source).strip() or path.exists() else download(str(source), revision)
 
 
-def load_transformers(folder: Path) -> nn.Module:
-    """The dynamic model that transformers has written, with the stages that its config has."""
-    model = huggingface.load_dense(folder)
-    stages = huggingface.stages_in(model, folder)
-    try:
-        make_dynamic(model, **stages)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its config has stages that cannot be ({first_line(error)})") from error
-    huggingface.load_predictors(model, folder)
-    model.notes = ()
-    return model
-
-
 def load_weights(
     model: nn.Module,
     source: str | Path | Mapping[str, Any],
@@ -168,13 +155,12 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> dict[str
     """
     if not str(source).strip():
         raise CheckpointError("the name of the file or folder to load is empty")
+    source = fetched(source, revision)
     if looks_like_saved(source):
         return folder_content(Path(source))
     path = checkpoint_in(source)
     if path.is_dir():
         raise CheckpointError(f"no {BEST}, {LAST} or config.json in {path}")
-    if not path.exists():
-        return folder_content(download(str(source), revision))
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     if path.suffix in EXPORTED:

@@ -26,13 +26,12 @@ from .rates import check_keep_rates
 from .reducers import Reduced, select_tokens
 from .restoring import RESTORE, Restorer
 from .scorers import Look, Predictor
+from .spec import PLACES
 
 if TYPE_CHECKING:
     from .vit import ViTAdapter
 
 __all__ = ["Predictor", "TokenPruning", "Trace", "sample_keep_decision", "select_tokens"]
-
-PLACES = ("before", "inside")  # of a stage: before its block, or between the block's attention and its MLP
 
 
 def sample_keep_decision(log_probs: Tensor) -> Tensor:

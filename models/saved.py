@@ -33,6 +33,7 @@ from . import huggingface
 from .card import CARD_MARK, model_card
 from .describe import describe
 from .factory import ARCHS, build_model
+from .families import make_dynamic
 from .reducers import REDUCERS
 from .scorers import SCORERS
 from .spec import (
@@ -44,6 +45,7 @@ from .spec import (
     StateDict,
     as_tuples,
     check_values,
+    first_line,
     one_side,
     plain,
     shown,
@@ -113,7 +115,7 @@ def save_pretrained(
     check_savable(model, folder, class_names)
     if isinstance(model, huggingface.PreTrainedVisionModel):
         huggingface.save(model, folder, class_names, notes)
-        spec, origin = huggingface.description_of(model), huggingface.hub_name(model)
+        spec, origin = describe(model), huggingface.hub_name(model)
         try:
             write_card(Path(folder), spec, notes, origin)
         except OSError as error:
@@ -145,7 +147,7 @@ def save_pretrained(
 
 def write_card(folder: Path, spec: ModelSpec, notes: Mapping[str, Any], origin: str | None = None) -> None:
     """Unless there is one that somebody else wrote. origin: see model_card."""
-    if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(errors="replace"):
+    if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(encoding="utf-8", errors="replace"):
         (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes), origin), encoding="utf-8")
 
 
@@ -174,10 +176,13 @@ def push_to_hub(
         elif class_names is not None or notes:
             raise ModelError("class names and notes are those of the folder; give them to save_pretrained")
         spec, origin = check_saved(folder)  # nothing that could not be loaded is published
-        text = model_card(spec, folder.resolve().name, {}, origin)
-        card = (folder / CARD).read_text() if (folder / CARD).is_file() else text
-        card = card.replace(f'from_pretrained("{folder.resolve().name}")', f'from_pretrained("{name}")')
-        files = {WEIGHTS: str(folder / WEIGHTS), CONFIG: str(folder / CONFIG), CARD: card.encode()}
+        called = folder.resolve().name
+        if (folder / CARD).is_file():
+            card = (folder / CARD).read_bytes()
+        else:
+            card = model_card(spec, called, {}, origin).encode()
+        card = card.replace(f'from_pretrained("{called}")'.encode(), f'from_pretrained("{name}")'.encode())
+        files = {WEIGHTS: str(folder / WEIGHTS), CONFIG: str(folder / CONFIG), CARD: card}
         if (processor := folder / huggingface.PROCESSOR).is_file():
             files[processor.name] = str(processor)
         try:
@@ -197,9 +202,21 @@ def check_saved(folder: Path) -> tuple[ModelSpec, str | None]:
     """The description of a saved model that can be loaded, and model_card's origin. Raises CheckpointError."""
     if not huggingface.is_saved_by_transformers(folder):
         return read_saved(folder)[0], None
+    model = load_transformers(folder)
+    return describe(model), huggingface.hub_name(model)
+
+
+def load_transformers(folder: Path) -> nn.Module:
+    """The dynamic model that transformers has written, with the stages that its config has."""
     model = huggingface.load_dense(folder)
-    huggingface.stages_in(model, folder)
-    return model.spec, huggingface.hub_name(model)
+    stages = huggingface.stages_in(model, folder)
+    try:
+        make_dynamic(model, **stages)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its config has stages that cannot be ({first_line(error)})") from error
+    huggingface.load_predictors(model, folder)
+    model.notes = ()
+    return model
 
 
 def requirements(spec: ModelSpec) -> list[str]:
@@ -429,8 +446,3 @@ def flush(path: Path) -> None:
     """To the disk, so that a file never has its final name without its content."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def first_line(error: Exception) -> str:
-    """At most 300 characters, as some errors quote all that they were given."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -306,7 +306,7 @@ def distinct_scores(
     (B, M, N) of these (B, M) rows, if the other tokens are to stay in any case.
     """
     if similarity is None:
-        similarity = cosine_similarity(tokens, tokens)
+        similarity = cosine_similarity(tokens, tokens, rows)
     own = importance if rows is None else importance.gather(1, rows)
     not_more_important = importance[:, None, :] <= own[:, :, None]
     scores = own * (1 - similarity.masked_fill(not_more_important, -1.0).amax(dim=-1))

@@ -71,7 +71,7 @@ NEWER = (
     "global_pool",
     "crop_mode",
 )  # fields that older versions do not know, saved only where they say something
-PLACES = ("before", "inside")
+PLACES = ("before", "inside")  # of a stage: before its block, or between the block's attention and its MLP
 SIZES = tuple(name for name in LARGEST if name not in ("num_classes", "img_size"))
 
 
@@ -107,7 +107,7 @@ class ModelSpec:
         for f in fields(self):
             object.__setattr__(self, f.name, as_tuples(getattr(self, f.name)))
         for name in ("arch", "scorer", "reducer"):
-            if not isinstance(word := getattr(self, name), str) or not re.fullmatch(r"[\w.\-]+", word):
+            if not is_word(word := getattr(self, name)):
                 what = "an architecture" if name == "arch" else f"a {name}"
                 raise ModelError(f"not the name of {what}: {shown(word)}")
         for name in ("dense", "merge_streams"):
@@ -146,7 +146,7 @@ class ModelSpec:
         if unknown := [name for name in content if name not in {f.name for f in fields(cls)}]:
             raise ModelError(f"a model's description has no field {shown(unknown[0])}")
         try:
-            values = {name: as_tuples(value) for name, value in content.items()}
+            values = dict(content)
             if values.get("preprocessing") is not None:
                 values["preprocessing"] = Preprocessing(**values["preprocessing"])
             spec = cls(**values)
@@ -231,6 +231,10 @@ def is_printable(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
+def is_word(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.\-]+", value) is not None
+
+
 def is_list_of(values: Any, test: Callable[[Any], bool]) -> bool:
     """Whether values are a tuple, not an empty one, of what passes the test."""
     return isinstance(values, tuple) and len(values) > 0 and all(map(test, values))
@@ -243,6 +247,11 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
         return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def first_line(error: Exception) -> str:
+    """At most 300 characters, as some errors quote all that they were given."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def one_side(size: Sequence[int]) -> int | tuple[int, int]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dynamicvit.errors import UserError
 from dynamicvit.models import CheckpointError, ModelError, ModelSpec, read_checkpoint
 from dynamicvit.models.pretrained import BEST, LAST, checkpoint_in, spec_of
-from dynamicvit.runs.whole import temporary_path, whole_file
+from dynamicvit.runs.whole import temporary_path, try_to_write, whole_file
 from dynamicvit.utils import gather, get_rank, is_main_process, printable, warn
 from torch import Tensor
 
@@ -207,9 +207,7 @@ def make_writable(place: Place) -> None:
     folder = Path(place.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_path(folder / "probe")  # the permission bits alone do not tell, for /sys or for root
-        probe.touch()
-        probe.unlink()
+        try_to_write(folder / "probe")
     except OSError as error:
         raise UserError(f"cannot write to --output-dir {folder} ({error.strerror})") from error
 

@@ -2,12 +2,11 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from dynamicvit.datasets import Augmentation, DataOptions, build_source
 from dynamicvit.errors import UserError, advice
 from dynamicvit.models import (
@@ -19,11 +18,21 @@ from dynamicvit.models import (
     load_weights,
     read_checkpoint,
 )
-from dynamicvit.models.factory import image_size
-from dynamicvit.models.families import family_of
+from dynamicvit.models.factory import check_known, family_of_name, image_size
 from dynamicvit.models.pretrained import BEST, LAST, StateDict, num_classes_of, published_weights, settings_of, spec_of
 from dynamicvit.models.spec import SIZES, is_printable
-from dynamicvit.options import STEPS, ModelFlags, OneLineParser, add_flags, dashed, given, setting, settings_in, take
+from dynamicvit.options import (
+    STEPS,
+    ModelFlags,
+    OneLineParser,
+    add_flags,
+    dashed,
+    flag_of,
+    given,
+    setting,
+    settings_in,
+    take,
+)
 from dynamicvit.recipe import RECIPES, Recipe
 from dynamicvit.runs.checkpoints import Place, read_run
 from dynamicvit.runs.clocks import SaveClock
@@ -33,10 +42,7 @@ from torch.utils.data import Dataset
 
 RUN = "run"
 # Flags that say what the model is; a checkpoint says it, too.
-MODEL_FLAGS = (
-    *("arch", "dense", "base_rate", "keep_rates", "pruning_loc", "input_size", "scorer", "reducer"),
-    *("place", "merge_streams", *SIZES),
-)
+MODEL_FLAGS = {f.name for f in settings_in(ModelFlags)} - {"pretrained"}
 # Flags about where and how a run is executed: it may be resumed with other values of these.
 # num_classes is among them as the data tells it only later; weights that do not fit are refused anyway.
 MAY_CHANGE = {
@@ -108,12 +114,13 @@ class RunFlags:
 
 @dataclass(frozen=True)
 class Flags:
-    """What the command line says. training: the recipe's and the augmentation's values that it gives, by name."""
+    """What the command line says. recipe, augmentation: the values that it gives, by name."""
 
     model: ModelFlags
     data: DataOptions
     run: RunFlags
-    training: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    augmentation: Mapping[str, Any]
 
 
 def build_parser() -> OneLineParser:
@@ -138,8 +145,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Flags:
         if name in RENAMED:
             raise UserError(f"{name} does not exist here; {RENAMED[name]}")
     args = build_parser().parse_args(words)
-    training = given(Recipe, args) | given(Augmentation, args)
-    return Flags(take(ModelFlags, args), take(DataOptions, args), take(RunFlags, args), training)
+    kinds = (ModelFlags, DataOptions, RunFlags)
+    return Flags(*(take(kind, args) for kind in kinds), given(Recipe, args), given(Augmentation, args))
 
 
 # --- The start
@@ -177,9 +184,9 @@ def find_start(flags: Flags) -> Start:
     content = earlier or (read_checkpoint(flags.model.pretrained) if flags.model.pretrained else {})
     base = spec_of(content)
     spec = describe(flags.model, base, earlier is not None, evaluating)
-    recipe, augmentation = choose_recipe(flags.training, spec)
+    recipe, augmentation = choose_recipe(flags, spec)
     if not evaluating:
-        recipe.check(spec.dense, flags.training)
+        recipe.check(spec.dense, flags.recipe)
     labelled = recipe.cls_weight > 0 and not evaluating
     weights = read_weights(flags.model.pretrained, spec, content, earlier is not None, evaluating, recipe.distill)
     kept = find_weights(earlier) if earlier else weights if evaluating or not flags.model.dense else None
@@ -208,7 +215,7 @@ def find_start(flags: Flags) -> Start:
     )
 
 
-def describe(flags: ModelFlags, base: ModelSpec | None, resumed: bool, evaluating: bool = False) -> ModelSpec:
+def describe(flags: ModelFlags, base: ModelSpec | None, resumed: bool, evaluating: bool) -> ModelSpec:
     """What the flags say of the model, and a checkpoint's description (base) where they say nothing.
 
     resumed: the checkpoint is that of the model itself, and not of a dense one that it starts from.
@@ -243,14 +250,11 @@ def one_or_tuple(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
-def choose_recipe(training: Mapping[str, Any], spec: ModelSpec) -> tuple[Recipe, Augmentation]:
+def choose_recipe(flags: Flags, spec: ModelSpec) -> tuple[Recipe, Augmentation]:
     """The recipe that is asked for, or the model's, with the values that are given."""
-    entry = RECIPES[training.get("recipe") or default_recipe(spec)]
-    values = dict(entry.for_models_of.get(paper_of(spec.arch), {}))
-    own, varied = ({f.name for f in fields(kind)} for kind in (Recipe, Augmentation))
-    recipe = replace(entry.recipe, **values | {name: value for name, value in training.items() if name in own})
-    augmentation = {name: value for name, value in training.items() if name in varied}
-    return recipe, replace(entry.augmentation, **augmentation)
+    entry = RECIPES[flags.recipe.get("recipe") or default_recipe(spec)]
+    values = {**entry.for_models_of.get(paper_of(spec.arch), {}), **flags.recipe}
+    return replace(entry.recipe, **values), replace(entry.augmentation, **flags.augmentation)
 
 
 def default_recipe(spec: ModelSpec) -> str:
@@ -263,10 +267,10 @@ def default_recipe(spec: ModelSpec) -> str:
 def paper_of(arch: str) -> str:
     """The recipe of the paper that a family of backbones is from; of one that cannot be dynamic, the first paper's."""
     try:
-        with torch.device("meta"):  # its kind alone is asked for
-            return family_of(build_model(ModelSpec(arch, dense=True))).recipe
+        check_known(arch)
     except ValueError:  # a name that is not known is refused later, with all that is wrong
         return "neurips"
+    return family_of_name(arch).recipe
 
 
 def settings(flags: Flags, recipe: Recipe, augmentation: Augmentation) -> dict[str, Any]:
@@ -282,9 +286,9 @@ def changes(flags: Flags, content: dict[str, Any]) -> list[str]:
     spec = with_flags(flags.model, base or ModelSpec(), flags.model.dense)
     earlier = settings_of(content)
     different = [
-        f"--{name.replace('_', '-')} {earlier[name]} -> {value}"
-        for name, value in settings(flags, *choose_recipe(flags.training, spec)).items()
-        if name not in (*MODEL_FLAGS, *MAY_CHANGE) and name in earlier and not equal(earlier[name], value)
+        f"{flag_of(name)} {earlier[name]} -> {value}"
+        for name, value in settings(flags, *choose_recipe(flags, spec)).items()
+        if name not in MODEL_FLAGS | MAY_CHANGE and name in earlier and not equal(earlier[name], value)
     ]
     if flags.model.base_rate is not None and earlier.get("keep_rates"):
         different.append(f"--keep-rates {earlier['keep_rates']} -> --base-rate {flags.model.base_rate}")

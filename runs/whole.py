@@ -38,9 +38,14 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: it is not a file")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: no such folder: {path.parent}")
-    probe = temporary_path(path)  # permission bits alone do not tell, for /sys or for root
     try:
-        probe.touch()
-        probe.unlink()
+        try_to_write(path)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror})") from error
+
+
+def try_to_write(path: Path) -> None:
+    """Raises OSError where no such file could be written: permission bits alone do not tell, for /sys or for root."""
+    probe = temporary_path(path)
+    probe.touch()
+    probe.unlink()

@@ -389,6 +389,18 @@ def test_a_dynamic_model_is_made_faster_anew_and_says_so(photos: Path) -> None:
     assert "dynamic already" in report.notes[0] and model.spec.scorer == FOR_SPEED.scorer
 
 
+def test_other_class_names_are_another_command(photos: Path, tmp_path: Path) -> None:
+    how = FAST | {"minutes": 0, "output": tmp_path / "fast"}
+    dynamicvit.accelerate(dense_model(), photos, class_names=["cat", "dog"], **how)
+    with pytest.raises(UserError, match="another command"):
+        dynamicvit.accelerate(dense_model(), photos, class_names=["dog", "cat"], **how)
+
+
+def test_a_base_rate_that_cannot_be_is_the_users_error(photos: Path) -> None:
+    with pytest.raises(UserError, match="must lie in"):
+        dynamicvit.accelerate(dense_model(), photos, **FAST | {"base_rate": 1.5})
+
+
 def test_one_image_has_no_standard_error(weights: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "one", 1)
     assert run(weights, tmp_path / "one", tmp_path / "fast", "--steps", "0") == 0

@@ -261,6 +261,7 @@ def test_description_and_trace(images: Tensor, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     dense = vit()
     dense.config.name_or_path = str(tmp_path)
+    assert (describe(dense).num_classes, describe(dense).img_size, describe(dense).dense) == (5, 32, True)
     model = make_dynamic(dense, STAGES, HALF, "distinct", "merge")
     assert model.data_config == {
         "input_size": (3, 32, 32),

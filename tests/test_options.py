@@ -32,13 +32,13 @@ BEFORE_SPECS = Path(__file__).parent / "run_before_specs.ckpt"
 
 
 def chosen(*flags: str, spec: ModelSpec = ModelSpec()) -> tuple[Recipe, Augmentation]:  # noqa: B008
-    return start.choose_recipe(start.parse_args(list(flags)).training, spec)
+    return start.choose_recipe(start.parse_args(list(flags)), spec)
 
 
 def message(*flags: str) -> str:
     """Of the error that the flags end in: one line."""
     with pytest.raises(UserError) as caught:
-        chosen(*flags)[0].check(dense=False, given=start.parse_args(list(flags)).training)
+        chosen(*flags)[0].check(dense=False, given=start.parse_args(list(flags)).recipe)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -114,8 +114,8 @@ def test_flags_that_would_do_nothing(flags: str, needed: str) -> None:
 
 def test_flags_that_do_something() -> None:
     for flags in ("--distill --distill-weight 1 --model-ema-decay 0.9", "--recipe label-free --cls-weight 1"):
-        training = start.parse_args(flags.split()).training
-        start.choose_recipe(training, ModelSpec())[0].check(dense=False, given=training)
+        given = start.parse_args(flags.split())
+        start.choose_recipe(given, ModelSpec())[0].check(dense=False, given=given.recipe)
 
 
 @pytest.mark.parametrize("tool", [sweep, visualize])
@@ -172,7 +172,7 @@ def longer(*flags: str, **spec) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
-            recipe.check(spec.get("dense", False), start.parse_args(list(flags)).training)
+            recipe.check(spec.get("dense", False), start.parse_args(list(flags)).recipe)
         except UserError as error:
             return str(error)
     return said.getvalue()

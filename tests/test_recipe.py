@@ -53,7 +53,7 @@ def build_trainer(arch: str = "deit_small", *flags: str) -> Trainer:
 
 
 def parse(*flags: str, spec: ModelSpec = ModelSpec()) -> Recipe:  # noqa: B008
-    return start.choose_recipe(start.parse_args(list(flags)).training, spec)[0]
+    return start.choose_recipe(start.parse_args(list(flags)), spec)[0]
 
 
 def rates(epoch: float, *flags: str, dense: bool = False, steps_per_epoch: int = 10) -> dict[str, float]:

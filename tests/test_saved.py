@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -537,6 +538,15 @@ def test_publishing_a_transformers_model(tmp_path: Path, uploaded: dict[str, byt
     tiny_transformers().save_pretrained(tmp_path / "dense")
     with pytest.raises(CheckpointError, match="dense transformers model"):
         push_to_hub(tmp_path / "dense", "user/dense", token="hf_none")
+    config = tmp_path / "there" / "config.json"
+    (tmp_path / "there" / "README.md").unlink()
+    push_to_hub(tmp_path / "there", "user/again", token="hf_none")
+    assert "Before blocks 1, 3 it keeps" in uploaded["README.md"].decode()  # as the card of the model that it is
+    text = config.read_text()
+    config.write_text(re.sub(r'("pruning_loc": \[\s*)1,', r"\g<1>9,", text))
+    assert config.read_text() != text
+    with pytest.raises(CheckpointError, match="has stages that cannot be"):
+        push_to_hub(tmp_path / "there", "user/again", token="hf_none")
 
 
 def test_what_cannot_be_published(tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

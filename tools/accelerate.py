@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from dynamicvit.datasets import BatchTransform
@@ -33,7 +34,7 @@ from dynamicvit.tools.accelerate_report import Report
 from dynamicvit.tools.accelerate_request import PURPOSES, Request, as_tuple
 from dynamicvit.tools.comparison import DENSE, MERGED, TUNED, Answers, Comparison, Likeness, likeness_of, predict_all
 from dynamicvit.tools.dense import Own, as_size, find_dense
-from dynamicvit.tools.finetune import MINUTES, RECIPE, Budget, FineTuning, NoSignal, Outcome
+from dynamicvit.tools.finetune import MINUTES, Budget, FineTuning, NoSignal, Outcome
 from dynamicvit.tools.speedup import (
     USUAL_SPEEDUP,
     Deployment,
@@ -44,9 +45,9 @@ from dynamicvit.tools.speedup import (
     time_models,
     time_ratios,
 )
-from dynamicvit.tools.splits import Decoded, Images, decode, first, split_images, with_progress
+from dynamicvit.tools.splits import RECIPE, Decoded, Images, decode, split_images, with_progress
 from dynamicvit.utils import log
-from torch import nn
+from torch import Tensor, nn
 
 from dynamicvit import utils
 
@@ -127,7 +128,7 @@ class Acceleration:
         self.dense.to(self.use.device).eval()
         self.spec = self.dense.spec
         self.split = split_images(request.images, self.spec)
-        held_back = first(self.split.held_back, FEATURE_IMAGES) if request.features else self.split.held_back
+        held_back = self.split.held_back.first(FEATURE_IMAGES) if request.features else self.split.held_back
         self.held_back = decode(held_back, self.spec, request.workers)
         log(f"{len(self.split.training)} images to train on, {len(self.held_back)} held back to measure on")
         self.outcome: Outcome | None = None
@@ -167,10 +168,15 @@ class Acceleration:
 
     def distance(self, model: nn.Module) -> float:
         """How far the model's answers are from the dense model's, on some images that it may learn from."""
+        images, wanted = self.to_choose_by
+        return self.likeness.distance(self.predict(model, images).outputs, wanted).mean().item()
+
+    @cached_property
+    def to_choose_by(self) -> tuple[Decoded, Tensor]:
+        """Some images that the model may learn from, and the dense model's answers."""
         source = self.split.training if len(self.split.training) else self.split.held_back
-        images = decode(first(source, CHOICE_IMAGES), self.spec, self.request.workers)
-        answers = [self.predict(each, images).outputs for each in (model, self.as_used)]
-        return self.likeness.distance(*answers).mean().item()
+        images = decode(source.first(CHOICE_IMAGES), self.spec, self.request.workers)
+        return images, self.predict(self.as_used, images).outputs
 
     def predict(self, model: nn.Module, images: Decoded) -> Answers:
         """Its outputs for the images. Raises Stopped at a signal, as there is no model yet to keep."""
@@ -250,7 +256,8 @@ class Acceleration:
         self.folder.finish(self.report, self.fast, self.comparison, self.held_back)
         log(*str(self.report).splitlines())
         if stopped is not None:
-            raise Stopped(f"{stopped}; {self.folder.folder} holds the best so far")
+            folder = self.folder.folder
+            raise Stopped(f"{stopped}; {folder} holds the best so far" if folder else str(stopped))
         return self.fast.eval(), self.report
 
 

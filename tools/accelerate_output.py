@@ -9,7 +9,7 @@ from dynamicvit.datasets import IMAGENET_CLASSES
 from dynamicvit.errors import UserError
 from dynamicvit.models import CheckpointError, ModelSpec, save_pretrained
 from dynamicvit.models.spec import is_printable
-from dynamicvit.runs.whole import temporary_path
+from dynamicvit.runs.whole import try_to_write, write_whole
 from dynamicvit.tools.accelerate_report import FEATURES, NUM_DIFFERENT, NUM_MERGED, Report, report_page
 from dynamicvit.tools.comparison import Comparison
 from dynamicvit.tools.splits import Decoded
@@ -41,7 +41,7 @@ class OutputFolder:
                 raise UserError(f"{folder} holds the output of another command ({flags}); choose another output")
         elif folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} holds other files; choose a new folder for the output")
-        check_writable(folder)
+        check_folder(folder)
 
     @property
     def training(self) -> Path | None:
@@ -66,7 +66,7 @@ class OutputFolder:
         try:
             report.write(self.folder / REPORT)
             page = report_page(report, comparison, images, fast, self.folder.name)
-            (self.folder / PAGE).write_text(page, encoding="utf-8")
+            write_whole(self.folder / PAGE, page)
         except OSError as error:
             log(f"warning: the model is saved, but its report cannot be written ({error.strerror})")
         self.say_what_is_there()
@@ -102,14 +102,12 @@ class OutputFolder:
             log(f"{self.training} ({megabytes(sizes[TRAINING])}) is for resuming alone: it may be deleted")
 
 
-def check_writable(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raises UserError if nothing can be written there; leaves nothing behind."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_path(folder / "probe")  # the permission bits alone do not tell
-        probe.touch()
-        probe.unlink()
+        try_to_write(folder / "probe")
     except OSError as error:
         raise UserError(f"cannot write to the output {folder} ({error.strerror})") from error
     finally:

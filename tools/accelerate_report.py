@@ -5,7 +5,6 @@ import html
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +15,7 @@ from dynamicvit.datasets import class_names
 from dynamicvit.errors import UserError
 from dynamicvit.models import ModelSpec
 from dynamicvit.models.pictures import feature_strip, prune, stage_panel
-from dynamicvit.runs.whole import temporary_path
+from dynamicvit.runs.whole import write_whole
 from dynamicvit.tools.comparison import DENSE, MERGED, NAMES, Comparison, Row, in_words, likeness_of
 from dynamicvit.tools.splits import Decoded
 from torch import Tensor, nn
@@ -74,8 +73,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""
-        temporary_path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(temporary_path(path), path)
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Report":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from dynamicvit.errors import UserError
@@ -50,7 +51,9 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """For the report, without the folders of this machine, and without what a resumed run may have otherwise."""
-        own = asdict(self.own) | {"weights": label(self.own.weights), "class_names": label(self.own.class_names)}
+        names = self.own.class_names  # a file, or the names themselves
+        names = label(names) if names is None or isinstance(names, (str, Path)) else list(names)
+        own = asdict(self.own) | {"weights": label(self.own.weights), "class_names": names}
         values = {"model": label(self.model), "images": label(self.images), "purpose": self.purpose}
         values |= asdict(self.wish) | own
         values |= asdict(self.budget) | {"batch_size": self.batch_size, "seed": self.seed}

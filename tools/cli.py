@@ -6,8 +6,10 @@ torchrun --nproc_per_node 8 -m dynamicvit.tools.cli train --arch deit_small ...
 
 import difflib
 import importlib
+import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dynamicvit.signals import end_on_interrupt
 
@@ -39,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if name == "--version":
-        from dynamicvit.models.version import __version__
-
-        print(f"dynamicvit {__version__}")
+        # Run, not imported, as its package would take torch's seconds.
+        file = Path(__file__).parents[1] / "models" / "version.py"
+        print(f"dynamicvit {runpy.run_path(str(file))['__version__']}")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from dynamicvit.datasets import BatchTransform
-from dynamicvit.engine import autocast
+from dynamicvit.engine import autocast, count_not_finite
 from dynamicvit.errors import UserError
 from dynamicvit.losses import cosine_distance, kl_divergence
 from dynamicvit.models import ModelSpec, gives_embeddings
@@ -177,10 +177,9 @@ def in_words(row: Row, figure: str) -> str:
 
 
 def check_finite(name: str, outputs: Tensor) -> None:
-    finite = outputs.isfinite().flatten(1).all(dim=1)
-    if not finite.all():
+    if bad := int(count_not_finite(outputs)):
         raise UserError(
-            f"the {name} model's answers to {(~finite).sum()} of {len(finite)} images are not finite (NaN or "
+            f"the {name} model's answers to {bad} of {len(outputs)} images are not finite (NaN or "
             "infinite): its weights are damaged, or too large for the precision"
         )
 

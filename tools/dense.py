@@ -23,7 +23,6 @@ from dynamicvit.models import (
 from dynamicvit.models.families import family_of
 from dynamicvit.models.huggingface import (
     PreTrainedVisionModel,
-    description_of,
     is_saved_by_transformers,
     load_dense,
     said_preprocessing,
@@ -117,8 +116,7 @@ def load(source: str | Path) -> nn.Module:
 
 def as_dense(model: nn.Module) -> nn.Module:
     """A copy that may be changed; of a dynamic model its backbone. UserError for one that accelerate cannot take."""
-    of_transformers = isinstance(model, PreTrainedVisionModel)
-    spec = description_of(model) if of_transformers else describe(model)
+    of_transformers, spec = isinstance(model, PreTrainedVisionModel), describe(model)
     if not spec.dense:
         return dense_twin(model).float()
     dense = copy.deepcopy(model)

@@ -22,7 +22,7 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import from_pretrained
 from dynamicvit.models.describe import data_config
 from dynamicvit.models.huggingface import answer_of
-from dynamicvit.models.saved import first_line
+from dynamicvit.models.spec import first_line
 from dynamicvit.models.twins import dense_twin
 from dynamicvit.options import POSITIVE, OneLineParser, number
 from dynamicvit.runs.tables import Column, Table

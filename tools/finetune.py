@@ -13,20 +13,20 @@ from typing import NamedTuple
 from dynamicvit.datasets import AugmentedDataset, build_train_loader, train_transform
 from dynamicvit.engine import accumulate_gradients, copy_statistics, update_weights
 from dynamicvit.errors import UserError
-from dynamicvit.models import Teacher, find_weights, load_weights, read_checkpoint
+from dynamicvit.models import Teacher, load_weights
 from dynamicvit.models.pretrained import BEST
 from dynamicvit.optim import Trainer, build_trainer, pick_amp, precision_name
 from dynamicvit.recipe import Recipe, build_augmentation
 from dynamicvit.runs.checkpoints import Place, RunState, read_run
 from dynamicvit.runs.run import Run, RunOptions, list_bad_images
 from dynamicvit.signals import Stopped, StopSignal
-from dynamicvit.tools.splits import LoaderImages, repeated
+from dynamicvit.tools.splits import RECIPE, Source
 from dynamicvit.utils import log
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 MINUTES = 5.0  # of fine-tuning, where nothing else is asked for
-RECIPE, SAVE_FREQ = "label-free", "1m"
+SAVE_FREQ = "1m"
 VALIDATION_SHARE = 0.25  # of the minutes, at most: with many images held back there are fewer epochs
 VALIDATION_COST = 3  # times measuring the faster model alone, as the dense one is measured too
 TRIAL_STEPS = 8  # from which the time of a step is known
@@ -78,7 +78,7 @@ class FineTuning:
         num_workers: int,
         model: nn.Module,
         teacher: Teacher,
-        training: Dataset,
+        training: Source,
         val_loader: DataLoader,
         features: bool = False,
     ) -> None:
@@ -91,9 +91,9 @@ class FineTuning:
 
     def loader(self, steps: int) -> DataLoader:
         """Training images for this many steps, each image as often as it takes."""
-        images = repeated(self.training, math.ceil(steps * self.recipe.batch_size / len(self.training)))
-        is_tensor = isinstance(images, LoaderImages)
-        transform = nn.Identity() if is_tensor else train_transform(self.model.spec.img_size, self.augmentation)
+        images = self.training.repeated(math.ceil(steps * self.recipe.batch_size / len(self.training)))
+        size = self.model.spec.img_size
+        transform = nn.Identity() if images.are_tensors else train_transform(size, self.augmentation)
         data_set = AugmentedDataset(images, transform, train=True, skip_bad=True)
         pinned = self.device.type == "cuda"
         loader, _ = build_train_loader(data_set, self.recipe.batch_size, self.num_workers, pinned, self.recipe.seed)
@@ -136,7 +136,7 @@ class FineTuning:
 
     def train(
         self, folder: Path | None, schedule: Schedule, gflops: dict[str, float], stop: StopSignal | NoSignal
-    ) -> "Outcome":
+    ) -> Outcome:
         """Trains in the folder, or goes on with what was begun there; None: nothing is saved on the way.
 
         At the end the model has the last epoch's weights: the learning rate has come down to 0, and that tells more
@@ -156,7 +156,7 @@ class FineTuning:
         finished = run.progress.epoch == schedule[0]
         best = folder / BEST if folder else None
         if not finished and best is not None and best.is_file():
-            load_weights(self.model, find_weights(read_checkpoint(best)))
+            load_weights(self.model, best)
             finished = True
         return Outcome(finished, run.progress.history, stopped)
 

@@ -25,7 +25,8 @@ from dynamicvit.image_files import list_images, open_image
 from dynamicvit.models import ModelSpec, from_pretrained, gives_embeddings
 from dynamicvit.models.describe import data_config
 from dynamicvit.models.huggingface import answer_of
-from dynamicvit.models.saved import first_line, parse_config
+from dynamicvit.models.saved import parse_config
+from dynamicvit.models.spec import first_line
 from dynamicvit.options import OneLineParser
 from dynamicvit.runs.whole import check_writable, whole_file
 from dynamicvit.utils import printable, warn
@@ -93,7 +94,7 @@ def photos_in(given: str) -> list[str]:
 class Answers:
     """Printed as they come, and kept for the files (path -> what makes its text) that they are asked for in.
 
-    Raises OSError at once where one of these cannot be written.
+    Raises UserError at once where one of these cannot be written.
     """
 
     files: dict[Path, Callable[[list[dict[str, Any]]], str]]

@@ -29,7 +29,7 @@ from dynamicvit.models.stages import (
     spread,
 )
 from dynamicvit.optim import pick_amp, precision_name
-from dynamicvit.tools.splits import PROGRESS_SECONDS
+from dynamicvit.tools.progress import EVERY_SECONDS
 from dynamicvit.tools.timing import WARMUP_ROUNDS, hardware, interleave, time_turn
 from dynamicvit.utils import log
 from torch import Tensor, nn
@@ -80,7 +80,8 @@ class Wish:
     pruning_loc: tuple[int, ...] | None = None  # blocks before which tokens merge; None: chosen
 
     def __post_init__(self) -> None:
-        names = [name for name in ("speedup", "flops_speedup", "base_rate", "keep_rates") if getattr(self, name)]
+        wishes = ("speedup", "flops_speedup", "base_rate", "keep_rates")
+        names = [name for name in wishes if getattr(self, name) is not None]
         if len(names) > 1:
             raise UserError(f"{' and '.join(names).replace('_', '-')} exclude each other: give one of them")
         for name in ("speedup", "flops_speedup"):
@@ -120,17 +121,19 @@ def choose_spec(
     stages = len(specs[0].pruning_loc)
     if wish.keep_rates is not None:
         return replace(specs[0], keep_rates=wish.keep_rates)
-    if wish.base_rate is not None:
-        return replace(specs[0], keep_rates=geometric_keep_rates(wish.base_rate, stages))
-    if wish.flops_speedup is not None:
-        try:
+    try:
+        if wish.base_rate is not None:
+            return replace(specs[0], keep_rates=geometric_keep_rates(wish.base_rate, stages))
+        if wish.flops_speedup is not None:
             shared, speedup = share_weights(dense), wish.flops_speedup
             fast = make_dynamic(shared, wish.pruning_loc, speedup=speedup, for_features=features)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return replace(specs[0], pruning_loc=fast.pruning_loc, keep_rates=fast.keep_rates, place=fast.place)
+            return replace(specs[0], pruning_loc=fast.pruning_loc, keep_rates=fast.keep_rates, place=fast.place)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     log(f"choosing among {len(specs)} layouts of stages by time")
-    return choose_by_time([Layout.of(dense, spec, features) for spec in specs], dense, wish.speedup, timer, distance)
+    gflops = count_gflops(dense, dense.spec.img_size, features)
+    found = [Layout.of(dense, spec, gflops, features) for spec in specs]
+    return choose_by_time(found, dense, wish.speedup, timer, distance)
 
 
 @dataclass
@@ -144,13 +147,12 @@ class Layout:
     seen: list[tuple[float, float]] = field(default_factory=list)  # (cost, time), as measured
 
     @classmethod
-    def of(cls, dense: nn.Module, spec: ModelSpec, features: bool) -> "Layout":
-        model, size = make_faster(share_weights(dense), spec).eval(), spec.img_size
-        shapes, dense_shapes = (copy.deepcopy(each).to("meta", torch.float32) for each in (model, dense))
-        dense_gflops, costs = count_gflops(dense_shapes, size, features), []
+    def of(cls, dense: nn.Module, spec: ModelSpec, dense_gflops: float, features: bool) -> "Layout":
+        model, costs = make_faster(share_weights(dense), spec).eval(), []
+        shapes = share_weights(model).to("meta")
         for rate in RATES:
             shapes.set_keep_rates(geometric_keep_rates(rate, len(spec.pruning_loc), FEWEST_TOKENS))
-            costs.append(count_gflops(shapes, size, features) / dense_gflops)
+            costs.append(count_gflops(shapes, spec.img_size, features) / dense_gflops)
         return cls(spec, model, costs)
 
     def set_cost(self, cost: float) -> None:
@@ -238,7 +240,6 @@ def make_faster(dense: nn.Module, spec: ModelSpec) -> nn.Module:
         raise UserError(str(error)) from error
 
 
-@torch.inference_mode()
 def time_ratios(deployment: Deployment, size: int | tuple[int, int], models: dict[str, nn.Module]) -> Ratios:
     """How many times as fast as models[DENSE] each other one is, all alternately."""
     seconds = time_models(deployment, size, models)
@@ -263,7 +264,7 @@ def time_models(deployment: Deployment, size: int | tuple[int, int], models: dic
     turn = max(1, round(GPU_TURN_SECONDS / max(once.values()))) if images.is_cuda else 1
     a_round = turn * sum(once.values())
     rounds = min(max(round(SECONDS / a_round), MIN_ROUNDS), MAX_ROUNDS)
-    if a_round * (rounds + WARMUP_ROUNDS) > PROGRESS_SECONDS:
+    if a_round * (rounds + WARMUP_ROUNDS) > EVERY_SECONDS:
         log(f"timing {len(models)} models at batch {deployment.batch_size}: {a_round * (rounds + WARMUP_ROUNDS):.0f} s")
     seconds = interleave(steps, images, labels, rounds, turn)
     if (spread := max(float(np.median(values) / values.min()) for values in seconds.values())) > BUSY:

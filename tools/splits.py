@@ -18,9 +18,12 @@ from dynamicvit.datasets import (
     eval_transform,
     read_folder,
 )
-from dynamicvit.errors import ImageError, UserError
+from dynamicvit.errors import UserError
 from dynamicvit.image_files import UNREADABLE, ImageFiles, open_image
 from dynamicvit.models import ModelSpec, Preprocessing
+from dynamicvit.models.spec import two_sides
+from dynamicvit.recipe import RECIPES
+from dynamicvit.tools.progress import EVERY_SECONDS
 from dynamicvit.utils import log
 from PIL import Image
 from torch import Tensor, nn
@@ -29,10 +32,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 MIN_IMAGES = 50  # to fine-tune with
 MAX_HELD_BACK, MAX_TRAINING = 500, 10_000  # images; more take time and tell little more
 HELD_BACK_IN = 5  # one image in this many
-PROGRESS_SECONDS = 5.0
 DECODED_AT_ONCE = 16
-# Of a training image the least that a crop of half its area and of 3 by 4 can have for its short side.
-SMALLEST_CROP = (0.5 * 0.75) ** 0.5
+RECIPE = "label-free"  # by which the model learns from them
 
 T = TypeVar("T")
 Images = str | Path | Sequence[str | Path] | DataLoader
@@ -41,12 +42,14 @@ Images = str | Path | Sequence[str | Path] | DataLoader
 class Split(NamedTuple):
     """Sources of (image, label): PIL images, or tensors in pixels from 0 to 255 where they come from a loader."""
 
-    training: Dataset
-    held_back: Dataset
+    training: "Source"
+    held_back: "Source"
 
 
 class PhotoFiles(ImageFiles):
     """Image files for training: a JPEG is decoded at an eighth, quarter or half of its size where that is enough."""
+
+    are_tensors = False
 
     def __init__(
         self, samples: Iterable[tuple[str, int]], classes: Sequence[str], root: Path, short_side: int | None = None
@@ -58,6 +61,14 @@ class PhotoFiles(ImageFiles):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return open_image(self.path(index), self.upright, self.short_side), self.labels[index]
 
+    def first(self, count: int) -> "PhotoFiles":
+        """The first of its images, to be measured on."""
+        return PhotoFiles(islice(self.samples(), count), self.classes, self.root)
+
+    def repeated(self, times: int) -> "PhotoFiles":
+        """Each image so many times."""
+        return PhotoFiles([*self.samples()] * times, self.classes, self.root, self.short_side)
+
 
 class LoaderImages(Dataset):
     """What a user's DataLoader reads, image by image, with his own transforms and collate function.
@@ -65,6 +76,8 @@ class LoaderImages(Dataset):
     It gives images as the model takes them. Here they become pixels from 0 to 255 again, as all other images
     are until they are on the device; nothing is rounded.
     """
+
+    are_tensors = True
 
     def __init__(self, loader: DataLoader, indices: Sequence[int], spec: ModelSpec, classes: Sequence[str]) -> None:
         self.loader, self.indices, self.spec, self.classes = loader, indices, spec, list(classes)
@@ -79,6 +92,15 @@ class LoaderImages(Dataset):
     def path(self, index: int) -> str:
         """A name for messages."""
         return f"image {self.indices[index]} of the loader"
+
+    def first(self, count: int) -> "LoaderImages":
+        return LoaderImages(self.loader, self.indices[:count], self.spec, self.classes)
+
+    def repeated(self, times: int) -> "LoaderImages":
+        return LoaderImages(self.loader, list(self.indices) * times, self.spec, self.classes)
+
+
+Source = PhotoFiles | LoaderImages
 
 
 def take_apart(batch: Any) -> tuple[Tensor, int]:
@@ -126,9 +148,14 @@ def split_images(images: Images, spec: ModelSpec) -> Split:
         log(f"warning: {len(unreadable)} file(s) cannot be read as images and are left out, as {unreadable[0]}")
     chosen.settle(str(folder) if folder else "the list of files")
     classes = found.classes if labelled else ()
-    side = spec.img_size if isinstance(spec.img_size, int) else max(spec.img_size)
-    training = PhotoFiles(chosen.training, classes, found.root, round(side / SMALLEST_CROP))
+    training = PhotoFiles(chosen.training, classes, found.root, short_side(spec))
     return Split(training, PhotoFiles(chosen.held_back, classes, found.root))
+
+
+def short_side(spec: ModelSpec) -> int:
+    """Pixels that a training image needs, so that even its smallest crop, of 3 by 4, need not be enlarged."""
+    smallest = RECIPES[RECIPE].augmentation.scale[0]
+    return round(max(two_sides(spec.img_size)) / (smallest * 0.75) ** 0.5)
 
 
 def read_images(folder: Path, spec: ModelSpec) -> ImageFiles:
@@ -157,7 +184,7 @@ def split_loader(loader: DataLoader, spec: ModelSpec) -> Split:
     classes = classes if classes_fit(spec, classes) else ()
     parts = Split(*(LoaderImages(loader, part, spec, classes) for part in (chosen.training, chosen.held_back)))
     height, width = parts.held_back[0][0].shape[-2:]
-    if spec.img_size not in (height, (height, width)) or (isinstance(spec.img_size, int) and height != width):
+    if two_sides(spec.img_size) != (height, width):
         raise UserError(f"the loader gives images of {height} x {width} pixels, and the model takes {spec.img_size}")
     return parts
 
@@ -204,15 +231,8 @@ def is_image(path: str) -> bool:
             Image.open(path).close()
             return True
         return False
-    except (ImageError, *UNREADABLE):
+    except UNREADABLE:
         return False
-
-
-def repeated(source: Dataset, times: int) -> Dataset:
-    """Each image so many times."""
-    if isinstance(source, LoaderImages):
-        return LoaderImages(source.loader, list(source.indices) * times, source.spec, source.classes)
-    return PhotoFiles([*source.samples()] * times, source.classes, source.root, source.short_side)
 
 
 class Decoded(Dataset):
@@ -236,17 +256,9 @@ class Decoded(Dataset):
         return build_val_loader(self, batch_size, 0, pinned)
 
 
-def first(source: Dataset, count: int) -> Dataset:
-    """The first of its images."""
-    if isinstance(source, LoaderImages):
-        return LoaderImages(source.loader, source.indices[:count], source.spec, source.classes)
-    return PhotoFiles(islice(source.samples(), count), source.classes, source.root)
-
-
-def decode(source: Dataset, spec: ModelSpec, num_workers: int) -> Decoded:
+def decode(source: Source, spec: ModelSpec, num_workers: int) -> Decoded:
     """Reads the images held back. Those that turn out damaged are left out; UserError if all are."""
-    is_tensor = isinstance(source, LoaderImages)
-    transform = nn.Identity() if is_tensor else eval_transform(spec.img_size, spec.preprocessing)
+    transform = nn.Identity() if source.are_tensors else eval_transform(spec.img_size, spec.preprocessing)
     data_set = AugmentedDataset(source, transform, train=False, skip_bad=True)
     batches = build_val_loader(data_set, DECODED_AT_ONCE, num_workers, pin_memory=False)
     images, labels = zip(*with_progress(batches, len(batches), "reading images"), strict=True)
@@ -260,7 +272,7 @@ def with_progress(items: Iterable[T], count: int, what: str) -> Iterator[T]:
     """The items; says how far it is, every few seconds."""
     said = time.monotonic()
     for done, item in enumerate(items):
-        if time.monotonic() - said > PROGRESS_SECONDS:
+        if time.monotonic() - said > EVERY_SECONDS:
             log(f"{what}: {done / count:.0%}")
             said = time.monotonic()
         yield item

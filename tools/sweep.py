@@ -47,6 +47,7 @@ from dynamicvit.options import (
     ModelFlags,
     OneLineParser,
     add_model_flags,
+    flag_of,
     number,
     take,
 )
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.output} holds an earlier sweep; choose another --output, or remove it")
     for name in VARIED:
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is what a sweep varies: use --base-rates and --methods")
+            raise UserError(f"{flag_of(name)} is what a sweep varies: use --base-rates and --methods")
     device = utils.pick_device(args.device)
     amp_dtype = pick_amp(args.amp, device)
     model, trained, settings = load_trained_model(take(ModelFlags, args), args.resume)
