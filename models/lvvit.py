@@ -26,6 +26,7 @@ class ConvStem(nn.Module):
         self.relu = nn.ReLU()
         # conv1 has already halved the resolution
         self.proj = nn.Conv2d(width, embed_dim, patch_size // 2, stride=patch_size // 2)
+        self.img_size = (img_size, img_size)
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 

@@ -120,6 +120,16 @@ def test_all_tokens_kept_is_the_dense_model(dense: nn.Module, scorer: str, reduc
 
 
 @torch.no_grad()
+def test_a_speedup_is_all_that_lvvit_needs() -> None:
+    """Its stem, which is not timm's, tells the size of images that the cost is counted at."""
+    dense = create_model("lvvit_s", dense=True, img_size=64, num_classes=5).eval()
+    gflops = count_gflops(dense, 64)
+    model = make_dynamic(dense, speedup=1.3)
+    assert gflops / count_gflops(model, 64) == pytest.approx(1.3, rel=0.06)  # 16 tokens leave in whole numbers
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+
+
+@torch.no_grad()
 def test_half_the_tokens(dense: nn.Module) -> None:
     """Runs, costs less, and keeps the tokens that the scorer ranked first."""
     images = images_for(dense)
