@@ -7,8 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PRUNING, TINY_MODEL, write_images
-from dynamicvit.errors import exit_status
-from dynamicvit.models import REDUCERS, SCORERS, ModelSpec, build_model, create_model, geometric_keep_rates
+from dynamicvit.errors import UserError, exit_status
+from dynamicvit.models import (
+    REDUCERS,
+    SCORERS,
+    ModelSpec,
+    build_model,
+    create_model,
+    geometric_keep_rates,
+    make_dynamic,
+)
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.tools import sweep
 from dynamicvit.tools.sweep_report import summarize
@@ -17,7 +25,7 @@ from PIL import Image
 CPU = torch.device("cpu")
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "pruning_loc": (1, 2, 3)}
 NAMES = [f"{scorer} + {reducer}" for scorer in ("untrained", *list(SCORERS)[1:]) for reducer in REDUCERS]
-NAMES += ["ToMe", "PiToMe"]
+NAMES += ["merged", "ToMe", "PiToMe"]
 
 
 def small_model(arch: str = "deit_tiny", num_classes: int = 5, **changes: object) -> torch.nn.Module:
@@ -58,20 +66,20 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_sweep(weights: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(weights, "--data-path", image_folder, "--base-rates", "0.8", "0.5", "--output", tmp_path) == 0
+    assert run(weights, "--data-path", image_folder, "--base-rates", "0.9", "0.7", "--output", tmp_path) == 0
     rows = read_rows(tmp_path)
     names = [row["method"].partition(",")[0] for row in rows]
     assert names == ["dense", *NAMES, *NAMES]
     assert {row["place"] for row in rows if row["method"] in NAMES} == {"before"}
     assert "DiffRate is left out: DiffRate's token counts are published for" in capsys.readouterr().out
-    assert [float(row["base_rate"]) for row in rows] == [1.0, *[0.8] * len(NAMES), *[0.5] * len(NAMES)]
+    assert [float(row["base_rate"]) for row in rows] == [1.0, *[0.9] * len(NAMES), *[0.7] * len(NAMES)]
     dense = rows[0]
     assert (float(dense["agreement"]), float(dense["kl"]), float(dense["top1_change"])) == (100, 0, 0)
     for milder, harder in zip(rows[1 : len(NAMES) + 1], rows[len(NAMES) + 1 :], strict=True):
         assert float(dense["gflops"]) > float(milder["gflops"]) > float(harder["gflops"])
         assert float(milder["kl"]) > 0 and float(milder["images_per_s"]) > 0
     model = small_model(num_classes=2)
-    model.set_keep_rates(geometric_keep_rates(0.8, 3))
+    model.set_keep_rates(geometric_keep_rates(0.9, 3))
     assert float(rows[1]["gflops"]) == pytest.approx(count_gflops(model, 32))
 
     per_image = np.load(tmp_path / "sweep.npz")
@@ -146,6 +154,25 @@ def test_stages_inside_and_before(weights: Path, tmp_path: Path, capsys: pytest.
     assert "distinct + merge, inside 0.6 kl" in np.load(tmp_path / "out" / "sweep.npz")
 
 
+def test_all_at_the_same_cost(weights: Path, tmp_path: Path) -> None:
+    """The stages of "merged" are its own, whatever those of the model are."""
+    write_images(tmp_path / "photos", 5)
+    dense = count_gflops(small_model(num_classes=2, dense=True, pruning_loc=None), 32)
+    wishes = [0.8 * dense, 0.7 * dense]
+    flags = ["--methods", "attention+drop", "merged", "tome", "--gflops", *map(str, wishes)]
+    assert run(weights, "--data-path", tmp_path / "photos", *flags, "--output", tmp_path / "out") == 0
+    _, *rows = read_rows(tmp_path / "out")
+    assert {row["base_rate"] for row in rows} == {""}
+    for wish, (drop, merged, tome) in zip(wishes, (rows[:3], rows[3:]), strict=True):
+        assert float(drop["gflops"]) == pytest.approx(wish, rel=0.05) and float(drop["gflops"]) <= wish
+        vit = small_model(num_classes=2, dense=True, pruning_loc=None)
+        expected = make_dynamic(vit, speedup=dense / wish)
+        assert float(merged["gflops"]) == pytest.approx(count_gflops(expected, 32))
+        assert merged["method"] == f"merged, {len(expected.pruning_loc)} stages" and merged["place"] == "inside"
+        assert tome["method"].startswith("ToMe, r = ")
+    assert f"merged {float(rows[1]['gflops']):.3f} GFLOPs kl" in np.load(tmp_path / "out" / "sweep.npz")
+
+
 def test_answers_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = small_model(num_classes=2, dense=True, pruning_loc=None)
     model.head.weight.data.fill_(3e38)  # a number, but what it gives is none
@@ -160,9 +187,9 @@ def models_of(model: torch.nn.Module, methods: Sequence[str], trained: bool = Fa
     """By name, at this rate."""
     variants = sweep.variants_of(model, methods, (model.place,), trained)
     for variant in variants[1:]:
-        variant.model.set_keep_rates(sweep.rates_of(variant.model, rate))
-    rivals = sweep.rivals_of(model, [name for name in methods if name in sweep.RIVALS], rate)
-    return {contestant.name: contestant.model for contestant in (*variants, *rivals)}
+        variant.model.set_keep_rates(sweep.Level(rate).keep_rates(variant.model))
+    others = sweep.others_of(model, [name for name in methods if name in sweep.OTHERS], sweep.Level(rate))
+    return {contestant.name: contestant.model for contestant in (*variants, *others)}
 
 
 def test_values_of_each_image() -> None:
@@ -202,10 +229,8 @@ def test_methods_differ_in_nothing_but_tokens(arch: str) -> None:
         differing = [name for name, m in models.items() if not torch.allclose(m(x), dense, atol=1e-4)]
         assert differing == list(models)[1:]
         for name, variant in models.items():
-            if name in ("ToMe", "PiToMe"):
-                variant.set_keep_rates([1.0] * 4)
-            elif name != "dense":
-                variant.set_keep_rates([1.0] * 3)
+            if name != "dense":
+                variant.set_keep_rates([1.0] * len(variant.pruning_loc))
             torch.testing.assert_close(variant(x), dense, atol=1e-4, rtol=1e-4)
             assert next(variant.parameters()).data_ptr() in {p.data_ptr() for p in model.parameters()}
     learned = [models[f"learned + {reducer}"].score_predictor[0].in_conv[1].weight for reducer in ("drop", "merge")]
@@ -214,9 +239,9 @@ def test_methods_differ_in_nothing_but_tokens(arch: str) -> None:
 
 def test_rivals_cost_about_the_same() -> None:
     model = small_model()
-    for rate in (0.8, 0.6):
+    for rate in (0.8, 0.7):
         costs = {name: count_gflops(m, 32) for name, m in models_of(model, sweep.METHODS, rate=rate).items()}
-        for name in ("ToMe", "PiToMe"):
+        for name in ("merged", "ToMe", "PiToMe"):
             assert costs[name] == pytest.approx(costs["random + drop"], rel=0.1)
 
 
@@ -229,6 +254,8 @@ def test_what_a_backbone_cannot_do_is_left_out(capsys: pytest.CaptureFixture) ->
     sizes = {"embed_dim": 8, "depths": (1, 1, 4, 1)}
     model = build_model(ModelSpec("convnext_t", num_classes=3, img_size=32, sizes=sizes, pruning_loc=(1, 2, 3))).eval()
     models = models_of(model, sweep.METHODS, trained=True, rate=0.7)
+    with pytest.raises(UserError, match="--gflops is for plain transformers"):
+        sweep.levels_of(model, (), [1.0])
     assert list(models) == ["dense", "learned"]
     assert capsys.readouterr().out.count("\n") == 1
     assert models["learned"].keep_rates == pytest.approx((0.7, 0.5, 0.3))
@@ -243,6 +270,8 @@ def test_what_a_backbone_cannot_do_is_left_out(capsys: pytest.CaptureFixture) ->
         (["--device", "toaster"], "unknown device toaster"),
         (["--scorer", "random"], "--scorer is what a sweep varies"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
+        (["--gflops", "9"], "--gflops 9: the dense model needs no more than"),
+        (["--gflops", "1", "--base-rates", "0.7"], "not allowed with argument"),
     ],
 )
 def test_user_errors_are_one_line(

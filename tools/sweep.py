@@ -2,9 +2,11 @@
 
     dynamicvit sweep --arch deit_small --pretrained deit_small.pth --data-path photos   # any folder of images
     dynamicvit sweep --resume logs/my_run --data-path imagenet --methods predictor+drop attention+merge tome
+    dynamicvit sweep --arch deit_tiny --pretrained deit_tiny.pth --data-path photos --gflops 0.94 --methods merged tome
 
-Everything is compared on the same images with the dense model: the same weights with all tokens kept. ToMe, PiToMe and
-DiffRate, which have no base rate, get the setting whose cost comes nearest to that of dropping tokens at random.
+Everything is compared on the same images with the dense model: the same weights with all tokens kept. "merged" is what
+make_dynamic(speedup=) takes. It and ToMe, PiToMe and DiffRate have no base rate: they get the setting whose cost comes
+nearest to that of dropping tokens at random, or, as all others, to --gflops.
 Standard errors are those of the mean over images, and of the paired difference where it says so. Writes sweep.csv,
 sweep.png and sweep.npz (the values of every image) to --output. Speed is that of the forward pass alone.
 """
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +38,7 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.losses import kl_divergence
 from dynamicvit.models import REDUCERS, SCORERS, ModelError, ModelSpec, build_model, gives_embeddings
 from dynamicvit.models.blocks import choose_attention
+from dynamicvit.models.costs import choose_stages, solve_keep_rates
 from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.pruning import PLACES, TokenPruning
@@ -65,8 +69,26 @@ from dynamicvit import utils
 
 BASE_RATES = (0.9, 0.8, 0.7, 0.6, 0.5)
 PAIRS = tuple(f"{scorer}+{reducer}" for scorer in SCORERS for reducer in REDUCERS)
-METHODS = (*PAIRS, *RIVALS)
+MERGED = "merged"
+OTHERS = {MERGED: MERGED, **RIVALS}
+METHODS = (*PAIRS, *OTHERS)
 VARIED = ("dense", "base_rate", "keep_rates", "scorer", "reducer")  # flags of a model that a sweep varies itself
+
+
+class Level(NamedTuple):
+    """How far tokens are reduced: by a base rate, or to so many GFLOPs."""
+
+    base_rate: float | None
+    gflops: float | None = None
+
+    def __str__(self) -> str:
+        return f"base rate {self.base_rate:g}" if self.gflops is None else f"{self.gflops:g} GFLOPs"
+
+    def keep_rates(self, model: nn.Module) -> tuple[float, ...]:
+        """Of the model's stages. Raises ValueError for a base rate that does not fit them."""
+        if self.gflops is None:
+            return family_of(model).keep_rates(self.base_rate, len(model.pruning_loc))
+        return solve_keep_rates(model.spec, self.gflops)
 
 
 @dataclass(frozen=True)
@@ -86,7 +108,9 @@ def build_parser() -> OneLineParser:
     add("--resume", help="a checkpoint or a run's folder, where --pretrained is not given (default: the newest run)")
     add("--data-path", default="", help="a folder of images, with or without class folders, or with val/ in it")
     add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder")
-    add("--base-rates", type=number(float, KEEP_RATE), nargs="+", default=BASE_RATES)
+    levels = parser.add_mutually_exclusive_group()
+    levels.add_argument("--base-rates", type=number(float, KEEP_RATE), nargs="+", default=BASE_RATES)
+    levels.add_argument("--gflops", type=number(float, POSITIVE), nargs="+", help="all ways at these costs instead")
     add("--methods", choices=METHODS, nargs="+", default=METHODS, help="scorer+reducer, and others' (default: all)")
     add("--places", choices=PLACES, nargs="+", help="of scorer+reducer's stages by their blocks (default: the model's)")
     add("--batch-size", type=number(int, POSITIVE), default=64, help="images a forward pass")
@@ -111,8 +135,7 @@ def main(args: argparse.Namespace) -> None:
     spec = model.spec
     if gives_embeddings(spec):
         raise UserError(f"{spec.arch} has no classifier, so there are no answers to compare")
-    for base_rate in args.base_rates:
-        check_rate(model, base_rate)  # before the first of many passes, what would stop a later one
+    levels = levels_of(model, args.base_rates, args.gflops)
     source, labelled = read_images(args.data_set, args.data_path, spec, exif=settings.get("exif") is True)
     val_set = AugmentedDataset(source, eval_transform(spec.img_size, spec.preprocessing, args.data_set), train=False)
     loader = build_val_loader(val_set, args.batch_size, args.num_workers, pin_memory=device.type == "cuda")
@@ -124,36 +147,44 @@ def main(args: argparse.Namespace) -> None:
     title = f"{spec.arch}, {len(source)} images; {hardware(device.type)}, {precision}, batches of {args.batch_size}"
     log(title)
     report = Report(args.output, title)
-    for base_rate in args.base_rates:
+    for level in levels:
         for variant in variants[1:]:
-            variant.model.set_keep_rates(rates_of(variant.model, base_rate))
-        rivals = rivals_of(model, [method for method in args.methods if method in RIVALS], base_rate)
+            variant.model.set_keep_rates(level.keep_rates(variant.model))
+        others = others_of(model, [method for method in args.methods if method in OTHERS], level)
         utils.set_seed(0)  # random scores that a second sweep draws again
-        contestants = [*variants, *rivals]
-        batches = track(loader, f"base rate {base_rate:g}: batches", len(loader))
+        contestants = [*variants, *others]
+        batches = track(loader, f"{level}: batches", len(loader))
         models = {contestant.name: contestant.model for contestant in contestants}
         answers = compare(models, batches, transform, device, amp_dtype, labelled)
         for contestant in contestants if not report.rows else contestants[1:]:  # the dense model stays the same
-            report.add(contestant.name, describe(contestant, base_rate), answers[contestant.name], answers[DENSE])
+            report.add(contestant.name, describe(contestant, level), answers[contestant.name], answers[DENSE])
         report.write()
     log(f"saved in {args.output}: sweep.csv, sweep.png, sweep.npz")
 
 
-def describe(contestant: Contestant, base_rate: float) -> Row:
+def levels_of(model: nn.Module, base_rates: Sequence[float], gflops: Sequence[float] | None) -> list[Level]:
+    """Raises UserError before the first of many passes for what would stop a later one."""
+    if gflops is None:
+        levels = [Level(base_rate) for base_rate in base_rates]
+        for level in levels:
+            try:
+                level.keep_rates(model)
+            except ValueError as error:
+                raise UserError(f"--base-rates {level.base_rate}: {error}") from error
+        return levels
+    if not isinstance(model, TokenPruning):
+        raise UserError(f"--gflops is for plain transformers, and {model.spec.arch} is none: use --base-rates")
+    dense = dense_gflops(model)
+    for wish in gflops:
+        if wish >= dense:
+            raise UserError(f"--gflops {wish:g}: the dense model needs no more than {dense:.4g}")
+    return [Level(None, wish) for wish in gflops]
+
+
+def describe(contestant: Contestant, level: Level) -> Row:
     gflops = count_gflops(contestant.model, contestant.model.spec.img_size)
-    rate = 1.0 if contestant.name == DENSE else base_rate
+    rate = 1.0 if contestant.name == DENSE else level.base_rate
     return {"method": contestant.method, "place": contestant.place, "base_rate": rate, "gflops": gflops}
-
-
-def check_rate(model: nn.Module, base_rate: float) -> None:
-    try:
-        rates_of(model, base_rate)
-    except ValueError as error:
-        raise UserError(f"--base-rates {base_rate}: {error}") from error
-
-
-def rates_of(model: nn.Module, base_rate: float) -> tuple[float, ...]:
-    return family_of(model).keep_rates(base_rate, len(model.pruning_loc))
 
 
 def read_images(data_set: str, data_path: str, spec: ModelSpec, exif: bool = False) -> tuple[Dataset, bool]:
@@ -197,24 +228,42 @@ def variants_of(model: nn.Module, methods: Sequence[str], places: Sequence[str],
     return variants
 
 
-def rivals_of(model: nn.Module, names: Sequence[str], base_rate: float) -> list[Contestant]:
-    """Others' methods at about the cost of dropping tokens at random."""
+def others_of(model: nn.Module, names: Sequence[str], level: Level) -> list[Contestant]:
+    """Ways that have no base rate, at about the cost of dropping tokens at random, or at the level's."""
     if not names or not isinstance(model, TokenPruning):
         return []
-    say(f"base rate {base_rate:g}: choosing the settings of {', '.join(RIVALS[name] for name in names)}")
-    with torch.device("meta"):
-        reference = build_model(replace(model.spec, scorer="random", reducer="drop", place=PLACES[0]))
-    reference.set_keep_rates(rates_of(reference, base_rate))
-    gflops = count_gflops(reference, model.spec.img_size)
-    rivals = []
+    say(f"{level}: choosing the settings of {', '.join(OTHERS[name] for name in names)}")
+    gflops = level.gflops or gflops_of_dropping(model, level)
+    others = []
     for name in names:
         try:
-            rival = nearest(name, model.spec, gflops)
-            vit = make_rival(dense_twin(model, share=True), rival).eval()
-            rivals.append(Contestant(RIVALS[name], rival.label, vit.place, vit))
+            label, vit = merged(model, gflops) if name == MERGED else rival_of(name, model, gflops)
+            others.append(Contestant(OTHERS[name], label, vit.place, vit))
         except (ModelError, ValueError) as error:
-            log(f"{RIVALS[name]} is left out: {error}")
-    return rivals
+            log(f"{OTHERS[name]} is left out: {error}")
+    return others
+
+
+def gflops_of_dropping(model: nn.Module, level: Level) -> float:
+    with torch.device("meta"):
+        reference = build_model(replace(model.spec, scorer="random", reducer="drop", place=PLACES[0]))
+    reference.set_keep_rates(level.keep_rates(reference))
+    return count_gflops(reference, model.spec.img_size)
+
+
+def dense_gflops(model: nn.Module) -> float:
+    return count_gflops(dense_twin(model, share=True), model.spec.img_size)
+
+
+def merged(model: nn.Module, gflops: float) -> tuple[str, nn.Module]:
+    """With stages of its own."""
+    spec = choose_stages(model.spec.as_dense(), dense_gflops(model) / gflops)
+    return f"{MERGED}, {len(spec.pruning_loc)} stages", twin(model, spec, share=True)
+
+
+def rival_of(name: str, model: nn.Module, gflops: float) -> tuple[str, nn.Module]:
+    rival = nearest(name, model.spec, gflops)
+    return rival.label, make_rival(dense_twin(model, share=True), rival).eval()
 
 
 @torch.inference_mode()

@@ -71,18 +71,20 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.title = folder, title
         self.rows: list[Row] = []
-        self.images: dict[str, np.ndarray] = {}  # by "method rate column"
+        self.images: dict[str, np.ndarray] = {}  # by "method rate column", or "method cost GFLOPs column"
         log(TABLE.heading())
 
     def add(self, name: str, about: Row, answers: Answers, dense: Answers) -> None:
-        """about: method, place, base rate and GFLOPs; name: the method without its settings."""
+        """about: method, place, base rate (None where a cost was asked for) and GFLOPs; name: the method without its
+        settings."""
         row = dict.fromkeys(COLUMNS) | summarize(answers, dense) | about
         self.rows.append(row)
         log(TABLE.line(row))
+        level = f"{row['gflops']:.3f} GFLOPs" if row["base_rate"] is None else row["base_rate"]
         for column in ("correct", "agrees", "kl"):
             value = getattr(answers, column)
             if value is not None:
-                self.images[f"{name} {row['base_rate']} {column}"] = value.astype(np.float32)
+                self.images[f"{name} {level} {column}"] = value.astype(np.float32)
 
     def write(self) -> None:
         with whole_file(self.folder / "sweep.csv") as temporary, open(temporary, "w", newline="") as file:
