@@ -140,6 +140,16 @@ def test_photos_are_turned_as_in_training(weights: Path, tmp_path: Path) -> None
     assert kl[True] != kl[False]
 
 
+def test_how_much_of_a_photo_is_seen(weights: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 5)
+    one, kl = ["--methods", "random+drop", "--base-rates", "0.6"], {}
+    for crop_pct in (None, "0.875", "1"):
+        flags = ["--output", tmp_path / f"crop {crop_pct}", *(["--crop-pct", crop_pct] if crop_pct else [])]
+        assert run(weights, "--data-path", tmp_path / "photos", *one, *flags) == 0
+        kl[crop_pct] = read_rows(tmp_path / f"crop {crop_pct}")[1]["kl"]
+    assert kl[None] == kl["0.875"] != kl["1"]
+
+
 def test_stages_inside_and_before(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_images(tmp_path / "photos", 5)
     flags = ["--methods", "distinct+merge", "predictor+drop", "--places", "before", "inside", "--base-rates", "0.6"]
