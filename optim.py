@@ -2,15 +2,17 @@
 Trainer made of them. The values are a recipe's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 
 import torch
 import torch.distributed as dist
 from dynamicvit.datasets import Augmentation, BatchTransform
 from dynamicvit.losses import DiffPruningLoss, DistillDiffPruningLoss, FeatureLoss, LabelLoss
 from dynamicvit.models import Teacher, gives_embeddings
+from dynamicvit.models.families import family_of
 from dynamicvit.models.features import FeatureExtractor, FeatureTeacher
 from dynamicvit.models.pretrained import is_new
 from dynamicvit.recipe import Recipe
@@ -69,7 +71,8 @@ def build_trainer(
     if not model.spec.dense and not features:
         model.set_distilled_training(True)  # what the losses need, where others want logits
     mixup = build_mixup(recipe, model.spec.num_classes)
-    groups = param_groups(model, recipe.weight_decay, recipe.decay_new_biases)
+    start = names_before_stages(model) if recipe.frozen_start and not model.spec.dense else frozenset()
+    groups = param_groups(model, recipe.weight_decay, recipe.decay_new_biases, start)
     ema = MovingAverage(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
     scaler = build_scaler(device, amp_dtype)
     schedule = partial(learning_rates, recipe, model.spec.dense, steps_per_epoch)
@@ -180,20 +183,28 @@ class MovingAverage(ModelEmaV3):
             average.copy_(value)
 
 
-def param_groups(model: nn.Module, weight_decay: float, decay_new_biases: bool = True) -> list[dict]:
+def names_before_stages(model: nn.Module) -> frozenset[str]:
+    """The parameters that a dynamic model has before the block of its first stage."""
+    first = next(family_of(model).blocks(model)[model.pruning_loc[0]].parameters())
+    return frozenset(name for name, _ in takewhile(lambda named: named[1] is not first, model.named_parameters()))
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float, decay_new_biases: bool = True, frozen: Collection[str] = ()
+) -> list[dict]:
     """AdamW's groups: what is new in a dynamic model, and the backbone, each with weight decay and without.
 
     1-d parameters and biases of the backbone have no decay; those of new parts have it in the NeurIPS
     paper's code (decay_new_biases) and not in the journal version's. A dynamic model's class token and
     position embeddings are frozen; a dense model's are trained, without decay, and so are those of a
-    model with nothing new to train. Sets requires_grad accordingly.
+    model with nothing new to train. frozen: names of others that do not learn. Sets requires_grad accordingly.
     """
     dynamic = any(is_new(name) for name, _ in model.named_parameters())
     members: dict[tuple[str, float], list[nn.Parameter]] = {
         (name, decay): [] for name in (PREDICTOR, BACKBONE) for decay in (weight_decay, 0.0)
     }
     for name, parameter in model.named_parameters():
-        if name in FROZEN and dynamic:
+        if (name in FROZEN and dynamic) or name in frozen:
             # AdamW never sees them. The rest of the backbone is frozen by a learning rate of 0 in the first
             # epochs: requires_grad_(False) with a bias that needs a gradient was an illegal memory access in
             # compiled attention on CUDA until late 2026.

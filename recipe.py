@@ -34,6 +34,7 @@ class Recipe:
     backbone frozen at first and then slow (a dense model: linear warm-up, cosine), "steps" at every step, linear
     warm-up and cosine for all. lr_images: lr is for a step of so many images, scaled to the images that there are;
     None: it is as it stands. decay_new_biases: weight decay for the biases and norms of what is new in a model.
+    frozen_start: what comes before the first stage, where every token is the dense model's, does not learn.
     """
 
     recipe: str = setting(
@@ -108,6 +109,7 @@ class Recipe:
     schedule: str = "epochs"
     lr_images: int | None = 512
     decay_new_biases: bool = True
+    frozen_start: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -211,6 +213,7 @@ LABEL_FREE = replace(
     distill_temperature=4.0,
     mixup=0.2,
     cutmix=1.0,
+    frozen_start=True,
 )
 RECIPES = {
     "neurips": Entry(

@@ -103,6 +103,19 @@ def test_groups_of_a_dynamic_model(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_sees_all_tokens_does_not_learn_without_labels(kind: str) -> None:
+    """The first stage is inside block 1: that block learns, and so does all that follows."""
+    model = make_dynamic(build(kind, dense=True), (1, 2), (0.7, 0.5), "distinct", "merge", place="inside")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    learning = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    learning |= {name for name in names.values() if name.startswith(("blocks.1.", "blocks.2.", "aux_head."))}
+    teacher, chosen = Teacher(build(kind, dense=True)), build_recipe("label-free", distill=True, amp="off")
+    trainer = build_trainer_of(chosen, model, teacher, torch.device("cpu"), Augmentation(reprob=0), 10)
+    assert {names[p] for group in trainer.optimizer.param_groups for p in group["params"]} == learning
+    assert {name for parameter, name in names.items() if parameter.requires_grad} == learning
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_groups_of_a_dense_model(kind: str) -> None:
     model = build(kind, dense=True)
     groups = grouped_names(model, param_groups(model, weight_decay=0.05))
