@@ -80,7 +80,7 @@ class DataOptions:
 class Augmentation:
     """How training images are varied; the defaults are DeiT's. Raises UserError where a value makes no sense."""
 
-    color_jitter: float = setting(0.4, "where --aa is none", NOT_NEGATIVE, group="augmentation")
+    color_jitter: float = setting(0.4, "strength, used only if --aa is none", NOT_NEGATIVE, group="augmentation")
     aa: str = setting("rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", group="augmentation", read=str)
     train_interpolation: str = setting(
         "bicubic", "how crops are resized", group="augmentation", choices=("random", "bilinear", "bicubic")
@@ -90,7 +90,7 @@ class Augmentation:
         "pixel", "what erased pixels become", group="augmentation", choices=("const", "rand", "pixel")
     )
     scale: tuple[float, float] = setting(
-        (0.08, 1.0), "smallest and largest share of an image that is cut out", SHARE, group="augmentation"
+        (0.08, 1.0), "smallest and largest share of an image that a random crop takes", SHARE, group="augmentation"
     )
 
     def __post_init__(self) -> None:
@@ -181,7 +181,9 @@ def find_source(train: bool, options: DataOptions, size: Size, labelled: bool) -
     if options.data_set == "SHAPES":
         return draw_shapes(train, size)
     if not options.data_path:
-        raise UserError("--data-path is missing: the data set's folder (or try --data-set SHAPES, which needs none)")
+        raise UserError(
+            "--data-path is missing; give the data set's folder (or try --data-set SHAPES, which needs none)"
+        )
     root = Path(options.data_path)
     if not root.is_dir():
         raise UserError(f"no data folder {root}; set --data-path (or try --data-set SHAPES, which needs none)")
@@ -280,7 +282,10 @@ def read_folder(
     found = class_folders(folder)
     if not labelled and (beside or not found):
         if found:
-            log(f"warning: {folder} holds images beside its folders, so these are no classes, and no image has a label")
+            log(
+                f"warning: {folder} holds images next to its folders, so these are not taken as classes "
+                "and no image has a label"
+            )
         return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder, upright)
     if not found:
         raise UserError(
@@ -338,7 +343,7 @@ def read_listing(file: Path) -> Listing:
 def entries(content: Any, file: Path, **kinds: type) -> list[tuple]:
     """The fields of these names, each of its type, of the entries in a list. UserError if content is anything else."""
     wanted = ", ".join(f"{name}: {kind.__name__}" for name, kind in kinds.items())
-    wrong = f"{file} is not iNaturalist's: it needs a list of entries with {wanted}; got "
+    wrong = f"{file} is not an iNaturalist file: it needs a list of entries with {wanted}; got "
     if not isinstance(content, list):
         raise UserError(wrong + shown(content))
     found = []
@@ -364,7 +369,7 @@ def inaturalist_samples(root: Path, listing: Listing, labels: dict[int, int]) ->
             inside = False
         if not inside:
             raise UserError(
-                f"{listing.file} names an image whose path is impossible or leads out of this folder: {shown(name)}"
+                f"{listing.file} names an image whose path is invalid or leads out of this folder: {shown(name)}"
             )
         yield str(path), label
 
@@ -506,12 +511,12 @@ def check_num_workers(num_workers: int) -> None:
     if not 0 <= num_workers <= WORKERS_PER_CORE * cores:
         raise UserError(
             f"--num-workers must be from 0 to {WORKERS_PER_CORE * cores} ({WORKERS_PER_CORE} for each of the {cores} "
-            f"cores here, more only take memory), got {num_workers}"
+            f"cores here; more would only take memory), got {num_workers}"
         )
     needed = FILES_OPEN + FILES_PER_WORKER * num_workers
     if num_workers and (allowed := open_files_allowed()) < needed:
         raise UserError(
-            f"{num_workers} loader processes need {needed} open files, and {allowed} are allowed: allow more "
+            f"{num_workers} loader processes need {needed} open files, but only {allowed} are allowed; raise the limit "
             f"(ulimit -n {needed}), or lower --num-workers (0 needs none)"
         )
 

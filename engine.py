@@ -121,7 +121,9 @@ class NotFinite(UserError):
     """Answers that no figure can be made of."""
 
     def __init__(self, finding: str) -> None:
-        super().__init__(f"{finding}: its weights are damaged, or float16 is not enough for them (--amp off, or bf16)")
+        super().__init__(
+            f"{finding}: its weights are damaged, or float16 is too narrow for them (try --amp off or bf16)"
+        )
         self.finding = finding
 
 
@@ -204,12 +206,12 @@ def count_not_finite(outputs: Tensor) -> Tensor:
 def means_over_images(sums: dict[str, float], with_dense: bool, embeddings: bool) -> dict[str, float]:
     labelled, images = sums["labelled"], sums["images"]
     if images == 0:
-        raise UserError("there is no image to validate on")
+        raise UserError("there are no images to validate on")
     for whose, name in (("the model's", "not_finite"), ("the dense model's", "dense_not_finite")):
         if sums[name] > 0:
             raise NotFinite(f"{whose} answers to {sums[name]:.0f} of {images:.0f} images are not finite numbers")
     if not with_dense and (labelled == 0 or embeddings):
-        why = "the model gives embeddings" if embeddings else "no image to validate on has a label"
+        why = "the model gives embeddings" if embeddings else "no validation image has a label"
         raise UserError(f"{why}: to compare with the dense model, add --pretrained FILE")
     stats = {}
     if labelled > 0 and not embeddings:

@@ -113,7 +113,7 @@ def for_the_user(error: Exception) -> Exception | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         return LocalError("out of memory; lower --batch-size or --num-workers, or end other programs")
     if isinstance(error, RuntimeError) and "Too many open files" in str(error):
-        return LocalError("too many open files; allow more (ulimit -n 4096), or lower --num-workers")
+        return LocalError("too many open files; raise the limit (ulimit -n 4096), or lower --num-workers")
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         return LocalError("another process is gone; its own message says why")
     return None

@@ -111,7 +111,7 @@ def open_image(path: str | Path, upright: bool = True, short_side: int | None = 
 def check_size(path: str | Path, width: int, height: int) -> None:
     """Raises ValueError for a strip. Says so where an image is large enough to be slow."""
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"{width} x {height} pixels is a strip, of which a model would see next to nothing")
+        raise ValueError(f"{width} x {height} pixels is so narrow a strip that a model would see next to nothing")
     if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
         warn_of_large_images(str(path), width * height)
 
@@ -137,13 +137,13 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # true of NaN, too
-            raise ValueError("floats outside 0 to 1, so that white is not known; save it with 8 or 16 bits")
+            raise ValueError("floats outside 0 to 1, so the value of white is unknown; save it with 8 or 16 bits")
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     if image.mode.startswith("I"):
         values = np.asarray(image)
         # Pillow gives 32 bits to these formats' 16.
         if image.mode == "I" and image.format not in ("PNG", "PPM"):
-            raise ValueError("32-bit integers, so that white is not known; save it with 8 or 16 bits")
+            raise ValueError("32-bit integers, so the value of white is unknown; save it with 8 or 16 bits")
         return Image.fromarray(np.rint(values / 257).astype(np.uint8))
     return image
 

@@ -171,7 +171,7 @@ def check_settings(instance: Any) -> None:
             if allowed and entry is not None and not (math.isfinite(entry) and allowed[1](entry)):
                 raise UserError(f"{flag_of(f.name)} must be {allowed[0]}, got {entry}")
             if choices and not callable(choices) and entry not in choices:
-                raise UserError(f"{flag_of(f.name)} is one of {', '.join(choices)}, got {entry}")
+                raise UserError(f"{flag_of(f.name)} must be one of {', '.join(choices)}, got {entry}")
 
 
 def check_needs(instance: Any, given: Collection[str]) -> None:
@@ -179,7 +179,10 @@ def check_needs(instance: Any, given: Collection[str]) -> None:
     for f in settings_in(type(instance)):
         needed = f.metadata["needs"]
         if f.name in given and needed and not getattr(instance, needed):
-            raise UserError(f"{flag_of(f.name)} does nothing without {flag_of(needed)}; add this, or leave that out")
+            raise UserError(
+                f"{flag_of(f.name)} does nothing without {flag_of(needed)}; "
+                f"add {flag_of(needed)}, or leave {flag_of(f.name)} out"
+            )
 
 
 # --- The parser
@@ -281,21 +284,23 @@ class ModelFlags:
         None, "what ranks tokens (default: the checkpoint's, else predictor)", group=MODEL, choices=SCORERS
     )
     reducer: str | None = setting(
-        None, "what happens to the rest (default: the checkpoint's, else drop)", group=MODEL, choices=REDUCERS
+        None, "what happens to the other tokens (default: the checkpoint's, else drop)", group=MODEL, choices=REDUCERS
     )
     place: str | None = setting(
         None,
-        "of the stages: before their blocks, or inside, between attention and MLP (default: the checkpoint's, else "
+        "where stages are: before their blocks, or inside, between attention and MLP (default: the checkpoint's, else "
         "before)",
         group=MODEL,
         choices=PLACES,
     )
     merge_streams: bool = setting(
         False,
-        "Swin, ConvNeXt: in training, as in evaluation, a location kept again continues from its true value",
+        "Swin, ConvNeXt: in training, as in evaluation, a location that is kept again continues from its true value",
         group=MODEL,
     )
-    input_size: int | None = setting(None, "pixels (default: the arch's, 224 for the papers')", SIDE, group=MODEL)
+    input_size: int | None = setting(
+        None, "pixels (default: the arch's; 224 for the papers' models)", SIDE, group=MODEL
+    )
     patch_size: int | None = setting(
         None, "side of a patch in pixels (default: the arch's)", up_to(LARGEST["patch_size"]), group=MODEL
     )
@@ -305,13 +310,13 @@ class ModelFlags:
     depth: int | None = setting(None, "blocks (default: the arch's)", up_to(LARGEST["depth"]), group=MODEL)
     mlp_ratio: float | None = setting(
         None,
-        "an MLP's hidden channels, by those of a token (default: the arch's)",
+        "an MLP's hidden channels for each channel of a token (default: the arch's)",
         ("above 0 and at most 64", lambda x: 0 < x <= LARGEST["mlp_ratio"]),
         group=MODEL,
     )
     num_heads: tuple[int, ...] | None = setting(
         None,
-        "of attention; Swin: for each stage (default: the arch's)",
+        "attention heads; Swin: for each stage (default: the arch's)",
         up_to(LARGEST["num_heads"]),
         group=MODEL,
     )

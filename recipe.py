@@ -38,7 +38,7 @@ class Recipe:
 
     recipe: str = setting(
         "neurips",
-        "sets the defaults of all that follows (default: the paper's that the model is from; label-free for models "
+        "sets the defaults of all that follows (default: the recipe of the model's paper; label-free for models "
         "without predictors)",
         group=RECIPE,
         choices=lambda: RECIPES,
@@ -51,7 +51,7 @@ class Recipe:
     backbone_lr_scale: float = setting(0.01, "the backbone's share of the learning rate", NOT_NEGATIVE, group=SCHEDULE)
     warmup_epochs: float = setting(
         5.0,
-        "epochs of linear warm-up; neurips, dynamic: epochs with the backbone frozen",
+        "epochs of linear warm-up; neurips with a dynamic model: epochs with the backbone frozen",
         NOT_NEGATIVE,
         group=SCHEDULE,
     )
@@ -65,17 +65,17 @@ class Recipe:
     batch_size: int = setting(64, "images for each process and forward pass", BATCH, group=OPTIMIZER)
     update_freq: int = setting(1, "forward passes per optimizer step", up_to(65_536), group=OPTIMIZER)
     weight_decay: float = setting(
-        0.05, "AdamW's, but for the backbone's biases and norms", NOT_NEGATIVE, group=OPTIMIZER
+        0.05, "AdamW's, for all but the backbone's biases and norms", NOT_NEGATIVE, group=OPTIMIZER
     )
     clip_grad: float | None = setting(None, "largest gradient norm", POSITIVE, group=OPTIMIZER)
     drop_path: float = setting(0.0, "stochastic depth at the last block, 0 at the first", BELOW_ONE, group=OPTIMIZER)
     model_ema: bool = setting(True, "also keep and evaluate the weights' moving average", group=OPTIMIZER)
     model_ema_decay: float = setting(
-        0.99996, "share of the average that a step leaves", SHARE, group=OPTIMIZER, needs="model_ema"
+        0.99996, "share of the old average that each step keeps", SHARE, group=OPTIMIZER, needs="model_ema"
     )
     amp: str = setting("auto", "mixed precision", group=OPTIMIZER, choices=PRECISIONS)
     compile: bool = setting(False, "torch.compile student and teacher, for validation too", group=OPTIMIZER)
-    seed: int = setting(0, "of all that is random in a run", SEED, group=RUN)
+    seed: int = setting(0, "for everything random in a run", SEED, group=RUN)
     distill: bool = setting(
         False,
         "learn from the dense backbone",
@@ -86,10 +86,10 @@ class Recipe:
     ratio_weight: float = setting(2.0, "weight of the ratio loss (2 for DeiT and LV-ViT)", NOT_NEGATIVE, group=LOSS)
     distill_weight: float = setting(0.5, "weight of the distillation losses", NOT_NEGATIVE, group=LOSS, needs="distill")
     token_weight: float = setting(
-        1.0, "weight of the token loss within them; the logits' is 1", NOT_NEGATIVE, group=LOSS, needs="distill"
+        1.0, "weight of the token loss among these; that of the logits is 1", NOT_NEGATIVE, group=LOSS, needs="distill"
     )
     distill_temperature: float = setting(
-        1.0, "that the logits of both models are divided by to be compared", POSITIVE, group=LOSS, needs="distill"
+        1.0, "divides the logits of both models before they are compared", POSITIVE, group=LOSS, needs="distill"
     )
     smoothing: float = setting(0.1, "label smoothing", BELOW_ONE, group=LOSS)
     repeated_aug: bool = setting(True, "each epoch shows a third of the images, three times each", group=MIXING)
@@ -101,7 +101,7 @@ class Recipe:
     )
     mixup_mode: str = setting(
         "batch",
-        "one share for a batch, for a pair of images, or for an image",
+        "one mixing share for a batch, for each pair of images or for each image",
         group=MIXING,
         choices=("batch", "pair", "elem"),
     )
@@ -133,7 +133,7 @@ class Recipe:
         check_needs(self, given)
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise UserError(
-                f"mixup pairs images: --batch-size must be even, got {self.batch_size} (or --mixup 0 --cutmix 0)"
+                f"mixup pairs images: --batch-size must be even, got {self.batch_size} (or give --mixup 0 --cutmix 0)"
             )
         if self.cls_weight == 0 and not self.distill:
             raise UserError(

@@ -56,7 +56,7 @@ def launched_by_torchrun() -> bool:
         there = ", ".join(name for name in needed if name in os.environ)
         raise LaunchError(
             f"{there} set in the environment, but not {', '.join(missing)}: "
-            "start several processes with torchrun, or unset it for one"
+            "start several processes with torchrun, or unset what is set to run a single one"
         )
     world_size = whole_number("WORLD_SIZE", 1, MAX_PROCESSES)
     whole_number("RANK", 0, world_size - 1)
@@ -135,11 +135,11 @@ def pick_device(name: str) -> torch.device:
         if name == "auto" and built_for_gpus and is_main_process():
             warn_once(
                 "this PyTorch is built for GPUs, but finds none that it can use: computing on the CPU "
-                "(device cpu, as --device cpu in a command, silences this)"
+                "(to silence this, choose device cpu: --device cpu in a command)"
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise LaunchError("device cuda is asked for, but torch sees no GPU here; use cpu")
+        raise LaunchError("device cuda was requested, but torch sees no GPU here; use cpu")
     index = whole_number("LOCAL_RANK", 0, MAX_PROCESSES) if "LOCAL_RANK" in os.environ else 0
     if index >= torch.cuda.device_count():
         raise LaunchError(f"more processes than the {torch.cuda.device_count()} GPU(s) here; lower --nproc_per_node")

@@ -82,7 +82,9 @@ class Dynamic:
         return rebuild, (self.mixin, self.backbone_class), dict(self.__dict__)
 
     def __prepare_scriptable__(self) -> None:
-        raise NotImplementedError("torch.jit.script cannot take a dynamic model: use torch.export, or torch.jit.trace")
+        raise NotImplementedError(
+            "torch.jit.script does not work on a dynamic model: use torch.export, or torch.jit.trace"
+        )
 
     @staticmethod
     def refuse_tracing(images: Tensor) -> None:
@@ -109,8 +111,8 @@ def rebuild(mixin: type, backbone_class: type[nn.Module]) -> nn.Module:
 def check_not_dynamic(backbone: nn.Module) -> None:
     if isinstance(backbone, Dynamic):
         raise ValueError(
-            "the model is dynamic already, as make_dynamic changes a model in place: start from the dense one "
-            "(copy.deepcopy keeps it), or change this one by set_keep_rates"
+            "the model is already dynamic, as make_dynamic changes a model in place: start from the dense one "
+            "(keep a copy.deepcopy of it), or change this one's rates with set_keep_rates"
         )
 
 
@@ -119,7 +121,9 @@ def check_own_methods(backbone: nn.Module, mixin: type) -> None:
     check_not_dynamic(backbone)
     for name in ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers"):
         if name in vars(backbone):
-            raise ValueError(f"this model's {name} is wrapped, and the wrapping would be lost: make it dynamic before")
+            raise ValueError(
+                f"this model's {name} is wrapped, and the wrapping would be lost: call make_dynamic before wrapping it"
+            )
         method = getattr(type(backbone), name, None)
         module = getattr(method, "__module__", None) or ""
         ours = mixin.__module__.rpartition(".")[0]

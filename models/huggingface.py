@@ -107,7 +107,7 @@ def parts_of(model: nn.Module) -> Parts:
     if hasattr(model, "text_model"):
         raise ValueError(f"{name} reads text, too: make its vision_model dynamic, if that is a model of its own")
     if not hasattr(model, "save_pretrained") or getattr(model, "main_input_name", None) != "pixel_values":
-        raise ValueError(f"{name} is not a whole image model of transformers")
+        raise ValueError(f"{name} is not a complete image model of transformers")
     path, layers = next((path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList))
     steps = path.split(".")
     callers = tuple(model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps)))
@@ -136,7 +136,7 @@ def answer_of(output: Any) -> Tensor:
         if getattr(output, name, None) is not None:
             return output[name]
     if getattr(output, "last_hidden_state", None) is None:
-        raise ModelError(f"a {type(output).__name__} has neither logits nor an embedding: give a model that gives one")
+        raise ModelError(f"a {type(output).__name__} has neither logits nor an embedding: use a model that returns one")
     return output.last_hidden_state.mean(dim=1)
 
 
@@ -162,7 +162,7 @@ class Pass:
         """x: (B, P+N, C), the tokens before the first layer."""
         model = self.model
         if model.restore not in RESTORE:
-            raise ValueError(f"restore is {', '.join(RESTORE)}; got {model.restore!r}")
+            raise ValueError(f"restore must be one of {', '.join(RESTORE)}; got {model.restore!r}")
         unread = model.reads_class_token_alone and self.callers[:1] == [model]
         unread = unread and not self.wants_states and not model.all_outputs
         restorer = None if unread or model.restore == "none" else Restorer(model.restore)
@@ -383,12 +383,16 @@ class DynamicVision(Dynamic):
         run.callers.append(caller)
         use_our_attention(run.model)
         if run.model.training and torch.is_grad_enabled() and is_checkpointing(run.model):
-            raise ValueError("no gradient checkpointing with stages: model.gradient_checkpointing_disable()")
+            raise ValueError(
+                "stages do not work with gradient checkpointing: call model.gradient_checkpointing_disable()"
+            )
         wants = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
         config = getattr(caller, "config", None)
         wants = {name: getattr(config, name, False) if value is None else value for name, value in wants.items()}
         if wants["output_attentions"]:
-            raise ValueError("a dynamic model's attention has another size in each layer: leave output_attentions out")
+            raise ValueError(
+                "a dynamic model's attention has a different size in each layer: leave output_attentions out"
+            )
         run.wants_states |= wants["output_hidden_states"] is not None and wants["output_hidden_states"] is not False
 
     def end(self, caller: nn.Module, _args: tuple, output: Any) -> Any:
@@ -426,7 +430,7 @@ def ours(dense: str) -> str:
     for name, known in ATTENTIONS.items():
         if dense == known:
             return name
-    raise ValueError(f"{dense} takes no bias for merged tokens: model.set_attn_implementation('sdpa')")
+    raise ValueError(f"{dense} takes no bias for merged tokens: call model.set_attn_implementation('sdpa')")
 
 
 @functools.cache
@@ -490,9 +494,11 @@ class HuggingFaceAdapter:
         parts = parts_of(model)
         depth, loc = len(parts.layers), plan.pruning_loc
         if not loc or list(loc) != sorted(set(loc)) or not all(1 <= i < depth for i in loc):
-            raise ValueError(f"pruning stages must be ascending numbers of layers in 1..{depth - 1}, got {loc}")
+            raise ValueError(f"pruning stages must be ascending layer numbers in 1..{depth - 1}, got {loc}")
         if plan.place != "before":
-            raise ValueError(f"stages of a transformers model are before its layers; place {plan.place!r} needs timm's")
+            raise ValueError(
+                f"stages of a transformers model are before its layers; place {plan.place!r} needs a timm model"
+            )
         keep_rates = check_keep_rates(plan.keep_rates, len(loc))
         configs = {id(c): c for part in parts.layers.modules() if (c := vars(part).get("config")) is not None}
         for config in configs.values():
@@ -715,7 +721,9 @@ def load_dense(folder: str | Path) -> nn.Module:
     model_class = getattr(transformers, str(architecture), None)
     is_known = isinstance(model_class, type) and kind_of(model_class) is not None
     if not is_known and not (architecture == "AutoModel" and content["model_type"] in MODEL_TYPES):
-        raise CheckpointError(f"{folder} has a transformers {architecture}; these can be dynamic: {', '.join(KINDS)}")
+        raise CheckpointError(
+            f"{folder} has a transformers {architecture}; these can be made dynamic: {', '.join(KINDS)}"
+        )
     try:
         with quiet_transformers():
             model = model_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
@@ -730,7 +738,7 @@ def stages_in(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     entry = getattr(model.config, ENTRY, None)
     if not isinstance(entry, Mapping):
         raise CheckpointError(
-            f"{folder} has a dense transformers model: make it dynamic by dynamicvit accelerate, or in Python by "
+            f"{folder} has a dense transformers model: make it dynamic with dynamicvit accelerate, or in Python with "
             "make_dynamic(model, speedup=1.6)"
         )
     names = ("pruning_loc", "keep_rates", "scorer", "reducer", "place")

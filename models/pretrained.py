@@ -86,7 +86,7 @@ def from_pretrained(
     spec = spec_of(content)
     if spec is None:
         raise CheckpointError(
-            f"{source} does not say what model it is of; give the folder of a run or a saved model, "
+            f"{source} does not say which model it belongs to; give the folder of a run or a saved model, "
             "or build the model and give the file to load_weights(model, file)"
         )
     model = build_model(spec)
@@ -164,7 +164,9 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> dict[str
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     if path.suffix in EXPORTED:
-        raise CheckpointError(f"{path} is an exported model, which can only be run; give what it was exported from")
+        raise CheckpointError(
+            f"{path} is an exported model, which can only be run; give the model that it was exported from"
+        )
     content = read_file(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named weights")

@@ -219,7 +219,7 @@ class TokenPruning(Dynamic):
     ) -> tuple[Tokens, Forward]:
         restore = self.restore if restore is None else restore
         if restore not in RESTORE:
-            raise ValueError(f"restore is {', '.join(RESTORE)}; got {restore!r}")
+            raise ValueError(f"restore must be one of {', '.join(RESTORE)}; got {restore!r}")
         restorer = None if restore == "none" else Restorer(restore)
         run = Forward([], head_alone=False, restorer=restorer, wanted=wanted, taken=[], last=last)
         return self.run_blocks(images, self.shorten(run), run), run
@@ -246,13 +246,13 @@ class TokenPruning(Dynamic):
         if attn_mask is not None or is_causal:
             raise ValueError("a dynamic model makes its own attention masks; leave attn_mask and is_causal out")
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is NCHW or NLC, got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
         if (self.restore if restore is None else restore) == "none":
-            raise ValueError("feature maps need a token for every patch: restore is residual or copy")
+            raise ValueError("feature maps need a token for every patch: restore must be residual or copy")
         try:
             take, last = feature_take_indices(len(self.blocks), indices)
         except AssertionError as error:
-            raise ValueError(f"blocks are 0 to {len(self.blocks) - 1}, got {indices}") from error
+            raise ValueError(f"block numbers are 0 to {len(self.blocks) - 1}, got {indices}") from error
         tokens, run = self.restored(x, restore, frozenset(take), last if stop_early else None)
         taken = [self.norm(y) if norm else y for y in run.taken]
         num_prefix = self.num_prefix_tokens
@@ -349,13 +349,13 @@ class TokenPruning(Dynamic):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """As timm's; ValueError for a pooling that merged tokens cannot have."""
         if global_pool is not None and global_pool not in POOLINGS:
-            raise ValueError(f"token reduction cannot pool by '{global_pool}'; it can by token, avg and map")
+            raise ValueError(f"token reduction does not work with pooling '{global_pool}'; use token, avg or map")
         super().reset_classifier(num_classes, global_pool)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None, **others: Any) -> None:
         """As timm's, but for another patch size: those weights would be another model's."""
         if patch_size is not None:
-            raise NotImplementedError("the patch size of a dynamic model stays: change the dense model's")
+            raise NotImplementedError("the patch size of a dynamic model cannot change: change the dense model's")
         super().set_input_size(img_size=img_size, **others)
 
     def prune_intermediate_layers(
@@ -365,7 +365,7 @@ class TokenPruning(Dynamic):
         _, last = feature_take_indices(len(self.blocks), indices)
         left = [stage for stage, loc in enumerate(self.pruning_loc) if loc <= last]
         if not left:
-            raise ValueError(f"all stages, {self.pruning_loc}, lie behind block {last}: take the dense model")
+            raise ValueError(f"all stages, {self.pruning_loc}, come after block {last}: use the dense model")
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.pruning_loc, rates = tuple(self.pruning_loc[s] for s in left), tuple(self.keep_rates[s] for s in left)
         self.score_predictor = self.score_predictor[: len(left)]
@@ -409,16 +409,16 @@ def check_stages(vit: nn.Module, adapter: "ViTAdapter", plan: Plan) -> None:
     if not loc or list(loc) != sorted(set(loc)) or not all(0 <= i < depth for i in loc):
         raise ValueError(f"pruning stages must be ascending block numbers in 0..{depth - 1}, got {loc}")
     if plan.place not in PLACES:
-        raise ValueError(f"a stage's place is {' or '.join(PLACES)} its block, got {plan.place!r}")
+        raise ValueError(f"a stage's place must be {' or '.join(PLACES)} its block, got {plan.place!r}")
     if vit.global_pool not in POOLINGS:
-        raise ValueError(f"token pruning cannot pool by '{vit.global_pool}'; it can by token, avg and map")
+        raise ValueError(f"token reduction does not work with pooling '{vit.global_pool}'; use token, avg or map")
     if plan.place == "inside":
         whole = [i for i in loc if adapter.find_split(vit.blocks[i]) is None]
         if whole:
             kind = type(vit.blocks[whole[0]]).__name__
             raise ValueError(f"a {kind} has no place between attention and MLP: stages go before the block")
     if plan.place == "inside" and plan.reducer.hides and scorer.log_probabilities is not None:
-        raise ValueError(f"{scorer} + {plan.reducer} is trained by hiding tokens from whole blocks: place 'before'")
+        raise ValueError(f"{scorer} + {plan.reducer} is trained by hiding tokens from whole blocks: use place 'before'")
     if not scorer.reads_attention(adapter.has_class_token(vit)):
         return
     if observed_block(loc[0], plan.place) < 0:

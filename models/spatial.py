@@ -242,7 +242,7 @@ class SpatialAdapter:
         """Those before which stages can be: the third stage's."""
         stages = self.stages(backbone)
         if len(stages) <= STAGE:
-            raise ValueError(f"spatial sparsification is for the third stage, and this model has {len(stages)}")
+            raise ValueError(f"spatial sparsification needs a third stage, and this model has {len(stages)}")
         return stages[STAGE].blocks
 
     def default_pruning_loc(self, backbone: nn.Module) -> tuple[int, ...]:
@@ -278,7 +278,7 @@ class SpatialAdapter:
                 f"{plan.reducer} {plan.place} them"
             )
         if not loc or not set(loc) <= set(range(len(blocks))) or sorted(set(loc)) != [*loc]:
-            raise ValueError(f"predictors stand before ascending blocks of 0..{len(blocks) - 1}, got {loc}")
+            raise ValueError(f"predictors need ascending block numbers in 0..{len(blocks) - 1}, got {loc}")
         keep_rates = as_rates(plan.keep_rates, len(loc))
         backbone.__class__ = dynamic_class(self.mixin, type(backbone))
         backbone.adapter, backbone.pruning_loc, backbone.merge_streams = self, loc, plan.merge_streams

@@ -59,7 +59,7 @@ class RunState:
         needed = {f.name for f in fields(cls)} - {"progress", "spec"} | {"epoch", "images", "history"}
         missing = sorted(needed - set(content))
         if "optimizer" in missing:
-            raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
+            raise UserError("the file to resume is not a run of this program; start from its weights with --pretrained")
         if missing or (content["epoch"] and not content["history"]) or not content["sums"]:
             lack = ", ".join(missing) or ("history" if content["sums"] else "sums")
             raise UserError(f"the file to resume lacks a part ({lack}); start from its weights with --pretrained")
@@ -67,7 +67,7 @@ class RunState:
         wrong = [name for name in sorted((needed | known) & set(content)) if not fits(content[name], hints[name])]
         if wrong:
             raise UserError(
-                f"the file to resume is not whole ({wrong[0]} is none of a run's); start from its weights with "
+                f"the file to resume is damaged (its {wrong[0]} is not a run's); start from its weights with "
                 "--pretrained"
             )
         progress = Progress(**{name: content[name] for name in known if name in content})

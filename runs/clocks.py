@@ -18,7 +18,7 @@ class SaveClock:
         except ValueError:
             self.interval = -1
         if not 0 <= self.interval < math.inf:
-            raise UserError(f"--save-freq is a number of steps (500) or of minutes (15m), got {frequency}")
+            raise UserError(f"--save-freq must be a number of steps (500) or of minutes (15m), got {frequency}")
         self.restart()
 
     def restart(self) -> None:

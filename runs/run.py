@@ -130,7 +130,7 @@ class Run:
         self.train_loader.sampler.set_epoch(epoch, start=steps.start * step_images)
         stats, pace = train_one_epoch(self.trainer, self.train_loader, epoch, steps, eta, self.sums, self.after_step)
         if not math.isfinite(stats["loss"]):
-            raise Diverged(f"no step of epoch {epoch} had a loss that is finite")
+            raise Diverged(f"no step of epoch {epoch} had a finite loss")
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizer.param_groups}
         return {"epoch": epoch} | rates | {f"train/{name}": value for name, value in stats.items()}, pace
 
@@ -244,7 +244,9 @@ def restore(trainer: Trainer, state: RunState) -> RunningMeans:
         trainer.scaler.load_state_dict(state.scaler)
     before, now = len(state.sums), get_world_size()
     if before != now:
-        log(f"resumed with {now} process(es) instead of {before}: the global batch and the learning rate follow")
+        log(
+            f"resumed with {now} process(es) instead of {before}: the global batch and the learning rate change with it"
+        )
     sums = RunningMeans(trainer.device)
     sums.load(state.sums)
     return sums

@@ -102,7 +102,7 @@ class RunFlags:
     print_freq: int = setting(50, "steps between progress lines", STEPS, group=RUN)
     save_freq: str = setting(
         "0",
-        "steps (500) or minutes (15m) between checkpoints; 0: ends of epochs only",
+        "steps (500) or minutes (15m) between checkpoints; 0: only when an epoch ends",
         group=RUN,
         read=save_frequency,
     )
@@ -199,7 +199,7 @@ def find_start(flags: Flags) -> Start:
     classes = sources["validation"].classes
     embeddings = trained is not None and gives_embeddings(replace(spec, num_classes=trained))
     if embeddings and labelled:
-        raise UserError("the model gives embeddings, which labels say nothing of: use --cls-weight 0 --distill")
+        raise UserError("the model gives embeddings, which labels cannot train: use --cls-weight 0 --distill")
     num_classes = trained if embeddings else count_classes(flags, len(classes), trained)
     names = choose_class_names(spec, classes if labelled else (), num_classes, evaluating)
     return Start(
@@ -317,12 +317,12 @@ def count_classes(flags: Flags, known: int, trained: int | None) -> int:
     weights, None where a new classifier is to be trained."""
     wanted = flags.data.num_classes or known or trained
     if wanted is None:
-        raise UserError("the images have no labels, which a model without trained weights needs")
+        raise UserError("the images have no labels, but a model without trained weights needs them")
     if wanted < known:
         raise UserError(f"--num-classes {wanted} is less than the {known} classes of the data set")
     if trained not in (None, wanted):
         raise UserError(
-            f"{flags.model.pretrained or 'the weights file'} knows {trained} classes, the data set has {wanted}: "
+            f"{flags.model.pretrained or 'the weights file'} is for {trained} classes, but the data set has {wanted}: "
             "train a dense model on it first (--dense --pretrained FILE) and start from that"
         )
     return wanted
@@ -356,7 +356,7 @@ def load_trained_model(flags: ModelFlags, resume: str | None) -> tuple[nn.Module
         raise UserError(f"{source} does not name its architecture; add --arch")
     base = base or ModelSpec(flags.arch, num_classes=num_classes_of(weights))
     if resume and base.dense:
-        raise UserError(f"{source} is of a dense run; give a dynamic one with --resume (or --pretrained {source})")
+        raise UserError(f"{source} is from a dense run; give a dynamic one with --resume (or --pretrained {source})")
     set_seed(0)  # untrained predictors that choose the same tokens tomorrow
     model = build_model(with_flags(flags, base, flags.dense))
     with advice("see --arch, --input-size, --pruning-loc and --dense"):

@@ -210,7 +210,7 @@ def test_images_need_not_be_square_and_precision_is_that_of_use(weights: Path, p
     fast = models.from_pretrained(tmp_path / "fast")
     assert fast.spec.img_size == (32, 48) and fast.forward_features(torch.zeros(1, 3, 32, 48)).shape == (1, 25, 32)
     assert report_of(tmp_path / "fast").rows["merged"]["gflops"] == count_gflops(fast, (32, 48), features=True)
-    with pytest.raises(UserError, match="one side, or height and width, and not 3 numbers"):
+    with pytest.raises(UserError, match="one side, or height and width, not 3 numbers"):
         as_size([32, 48, 64])
 
 

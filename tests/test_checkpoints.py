@@ -512,7 +512,7 @@ def test_what_only_pretraining_needs_is_left_out() -> None:
         ({"class_names": ["\x1b[2J"] * 5}, "printed"),
         ({"class_names": ["\ud800"] * 5}, "printed"),
         ({"class_names": ["a"]}, "1 class names for 5"),
-        ({"pruning_loc": [[1]]}, "numbers of blocks"),
+        ({"pruning_loc": [[1]]}, "block numbers"),
         ({"dense": "no"}, "true or false"),
         ({"arch": "swin_t", "sizes": {"depths": [1, 1, 3]}}, "four numbers"),
         ({"scorer": 3}, "name of a scorer"),
@@ -553,5 +553,5 @@ def nested(depth: int) -> list:
 def test_a_record_of_a_run_is_read_by_its_types(change: dict) -> None:
     content = read_checkpoint(Path(__file__).parent / "run_before_specs.ckpt")
     assert RunState.from_content(content).progress.epoch == 1
-    with pytest.raises(UserError, match=f"{next(iter(change))} is none of a run's"):
+    with pytest.raises(UserError, match=f"{next(iter(change))} is not a run's"):
         RunState.from_content(content | change)

@@ -707,7 +707,7 @@ def test_too_few_open_files_for_loader_processes(monkeypatch: pytest.MonkeyPatch
     """Refused before any is started: torch would wait for ever for what they cannot send."""
     limits = {"soft": 67}
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limits["soft"], 4096))
-    with pytest.raises(UserError, match=r"2 loader processes need 68 open files, and 67 .* --num-workers"):
+    with pytest.raises(UserError, match=r"2 loader processes need 68 open files, but only 67 .* --num-workers"):
         build_val_loader(grey_images(2), 1, 2, False)
     build_val_loader(grey_images(2), 1, 0, False)
     for limits["soft"] in (68, resource.RLIM_INFINITY):

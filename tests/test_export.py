@@ -107,8 +107,8 @@ def test_what_is_no_model_to_start_from(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "fast.pt2").touch()
     torch.save({"model": build().state_dict()}, tmp_path / "bare.pth")
     for source, reason in (
-        (tmp_path / "fast.pt2", "torch.export.load or aoti_load_package; here give what it was exported from"),
-        (tmp_path / "bare.pth", "does not say what model it is of"),
+        (tmp_path / "fast.pt2", "torch.export.load or aoti_load_package; give the model it was exported from"),
+        (tmp_path / "bare.pth", "does not say which model it belongs to"),
         (tmp_path, "no checkpoint_best.pth, checkpoint_last.pth or config.json"),
     ):
         assert exit_status(lambda source=source: predict.command([str(source), "photo.jpg"])) == 2
@@ -179,7 +179,7 @@ def test_embeddings(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFi
         (["--onnx", "fast.onnx", "--batch-size", "0"], "must be"),
         (["--onnx", "fast.onnx", "--batch-size", "2", "--dynamic-batch"], "leave out --batch-size"),
         (["--onnx", "fast.onnx", "--images", "none"], "no such folder"),
-        (["--torch", "fast.pt2", "--aoti", "fast.pt2"], "a file each"),
+        (["--torch", "fast.pt2", "--aoti", "fast.pt2"], "need different files"),
     ],
 )
 def test_refusals(

@@ -320,7 +320,7 @@ def test_unknown_family() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_pool": "max"}, "cannot pool by 'max'"),
+        ({"global_pool": "max"}, "does not work with pooling 'max'"),
         ({"attn_layer": "diff"}, "differential attention"),
     ],
 )
@@ -332,7 +332,7 @@ def test_backbones_that_do_not_fit(changes: dict, message: str) -> None:
 
 
 def test_one_number_is_no_keep_rates() -> None:
-    with pytest.raises(ValueError, match=re.escape("0.5 would be (0.5, 0.25)")):
+    with pytest.raises(ValueError, match=re.escape("0.5 as a base rate would be (0.5, 0.25)")):
         make_dynamic(build(), (1, 2), 0.5)
 
 

@@ -465,7 +465,7 @@ def test_accelerate_refuses_in_one_line(tmp_path: Path) -> None:
     both = transformers.CLIPModel(transformers.CLIPConfig(**text))
     with pytest.raises(UserError, match="reads text, too"):
         accelerate(both, tmp_path)
-    with pytest.raises(UserError, match="belong to a model's name"):
+    with pytest.raises(UserError, match="only with a model's name"):
         accelerate(vit(), tmp_path, input_size=64)
 
 

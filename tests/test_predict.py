@@ -110,7 +110,7 @@ def test_answers_that_are_no_numbers(
         ([""], "empty name"),
         (["photos", "--json", "none/a.json"], "none/a.json"),
         (["photos", "--csv", "photos"], "it is not a file"),
-        (["photos", "--json", "a", "--csv", "a"], "a file each"),
+        (["photos", "--json", "a", "--csv", "a"], "need different files"),
     ],
 )
 def test_refused_before_the_model_is_loaded(

@@ -428,10 +428,10 @@ def test_window_sizes_are_fitted() -> None:
 @pytest.mark.parametrize(
     ("pruning_loc", "keep_rates", "message"),
     [
-        ((), (), "ascending blocks of 0..4"),
-        ((2, 1, 3), RATES, "ascending blocks of 0..4"),
-        ((1, 1, 3), RATES, "ascending blocks of 0..4"),
-        ((1, 2, 5), RATES, "ascending blocks of 0..4"),
+        ((), (), "ascending block numbers in 0..4"),
+        ((2, 1, 3), RATES, "ascending block numbers in 0..4"),
+        ((1, 1, 3), RATES, "ascending block numbers in 0..4"),
+        ((1, 2, 5), RATES, "ascending block numbers in 0..4"),
         (STAGES, (0.7, 0.5), "2 keep rates for 3"),
         (STAGES, (0.3, 0.1, -0.1), r"keep rates must lie in \(0, 1\]"),
         (STAGES, (0.3, 0.1, 0.0), r"keep rates must lie in \(0, 1\]"),

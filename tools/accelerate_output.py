@@ -99,7 +99,7 @@ class OutputFolder:
             "photos: look before you publish it"
         )
         if TRAINING in sizes:
-            log(f"{self.training} ({megabytes(sizes[TRAINING])}) is for resuming alone: it may be deleted")
+            log(f"{self.training} ({megabytes(sizes[TRAINING])}) is only for resuming: it may be deleted")
 
 
 def check_folder(folder: Path) -> None:

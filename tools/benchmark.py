@@ -67,10 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arch", default="deit_small", help="one of ours, or a timm name")
     add("--base-rate", type=rate, default=0.7, help="share of its tokens that each stage keeps")
     add("--keep-rates", type=rate, nargs="+", help="instead: shares of the original tokens, by stage")
-    add("--place", choices=PLACES, help="of merged's stages by their blocks (default: inside where the backbone can)")
+    add(
+        "--place",
+        choices=PLACES,
+        help="where merged's stages are, by their blocks (default: inside if the backbone allows it)",
+    )
     add("--input-size", type=number(int, POSITIVE), default=224, help="pixels")
-    add("--batch-size", type=number(int, POSITIVE), nargs="+", help="one or several (default: 1 32; to train 32)")
-    add("--amp", choices=AMP_DTYPES, default="off", help="in inference of weights and images too")
+    add("--batch-size", type=number(int, POSITIVE), nargs="+", help="one or several (default: 1 32; with --train 32)")
+    add("--amp", choices=AMP_DTYPES, default="off", help="precision; in inference that of weights and images too")
     add("--device", choices=STEPS_PER_TURN, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     modes = ("default", "reduce-overhead", "max-autotune")
     compiled = "torch.compile every model, in this mode; reduce-overhead records CUDA graphs"

@@ -86,7 +86,7 @@ def as_size(sides: int | Sequence[int] | None) -> int | tuple[int, int] | None:
     if sides is None or isinstance(sides, int):
         return sides
     if len(sides) not in (1, 2):
-        raise UserError(f"an input size is one side, or height and width, and not {len(sides)} numbers")
+        raise UserError(f"an input size is one side, or height and width, not {len(sides)} numbers")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
@@ -94,11 +94,11 @@ def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list
     """The dense model with its weights, and notes on what was adapted or assumed. A user's object is copied."""
     if isinstance(model, nn.Module) or not is_name(str(model)):
         if own.weights or own.input_size:
-            raise UserError("the model comes with its weights and its size: they belong to a model's name alone")
+            raise UserError("a model object has its own weights and size: give these only with a model's name")
         given = model if isinstance(model, nn.Module) else load(model)
         dense, notes = as_dense(given), []
         if not describe(given).dense:
-            notes = ["the model given is dynamic already: what is made faster is its dense backbone"]
+            notes = ["the given model is already dynamic: its dense backbone is made faster"]
         check_blocks(dense, dense.spec.arch)
     else:
         dense, notes = build_by_name(str(model), own)
@@ -195,7 +195,7 @@ def assumed(dense: nn.Module, own: Own) -> list[str]:
     return [
         f"assumed of the {'model, without a readable preprocessor_config.json' if unsaid else 'weights'}: images of "
         f"{size} pixels, {FITTED[how.crop_mode]} {how.crop_pct:.3f} of them, mean {mean}, std {std} "
-        f"({'' if unsaid else '--input-size, '}--crop-pct, --mean and --std say otherwise)"
+        f"({'' if unsaid else '--input-size, '}--crop-pct, --mean and --std change this)"
     ]
 
 

@@ -218,8 +218,8 @@ def choose_by_time(
 def cannot_be_met(speedup: float, limit: float) -> str:
     if limit <= 1 + CLOSE_ENOUGH:
         able = f"the limit is {limit:.2f}: nothing to gain"
-        return f"a speedup of {speedup:g} cannot be had here, {able}; try a larger batch, input or model"
-    return f"a speedup of {speedup:g} cannot be had here, at most {floor(limit)}"
+        return f"a speedup of {speedup:g} cannot be reached here ({able}); try a larger batch, input or model"
+    return f"a speedup of {speedup:g} cannot be reached here, at most {floor(limit)}"
 
 
 def floor(value: float) -> str:

@@ -110,7 +110,9 @@ def take_apart(batch: Any) -> tuple[Tensor, int]:
         batch = [batch[names[0]] if names else None, batch.get("labels", batch.get("label"))]
     images, label = (batch, None) if isinstance(batch, Tensor) else (*batch, None)[:2]
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        raise UserError("the loader gives no batches of images: float tensors of (B, 3, H, W), alone or before labels")
+        raise UserError(
+            "the loader must give batches of images: float tensors of shape (B, 3, H, W), alone or before labels"
+        )
     is_label = isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point()
     return images, int(label) if is_label else IGNORED_LABEL
 
@@ -173,7 +175,7 @@ def split_loader(loader: DataLoader, spec: ModelSpec) -> Split:
     """As split_images."""
     data_set = loader.dataset
     if not hasattr(data_set, "__len__") or not hasattr(data_set, "__getitem__"):
-        raise UserError("the loader's data set has no length: give one whose images can be had by number")
+        raise UserError("the loader's data set has no length: give one whose images can be read by index")
     chosen = Chosen()
     for index in sorted(range(len(data_set)), key=lambda index: name_hash(str(index))):
         if (wanted := chosen.part_of(str(index))) is not None:

@@ -110,11 +110,22 @@ def build_parser() -> OneLineParser:
     add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder")
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument("--base-rates", type=number(float, KEEP_RATE), nargs="+", default=BASE_RATES)
-    levels.add_argument("--gflops", type=number(float, POSITIVE), nargs="+", help="all ways at these costs instead")
-    add("--methods", choices=METHODS, nargs="+", default=METHODS, help="scorer+reducer, and others' (default: all)")
-    add("--places", choices=PLACES, nargs="+", help="of scorer+reducer's stages by their blocks (default: the model's)")
-    add("--crop-pct", type=number(float, KEEP_RATE), help="side of the part of an image that is looked at (1: all)")
-    add("--batch-size", type=number(int, POSITIVE), default=64, help="images a forward pass")
+    levels.add_argument("--gflops", type=number(float, POSITIVE), nargs="+", help="instead: all methods at these costs")
+    add(
+        "--methods",
+        choices=METHODS,
+        nargs="+",
+        default=METHODS,
+        help="scorer+reducer, and other papers' (default: all)",
+    )
+    add(
+        "--places",
+        choices=PLACES,
+        nargs="+",
+        help="where scorer+reducer's stages are, by their blocks (default: the model's)",
+    )
+    add("--crop-pct", type=number(float, KEEP_RATE), help="share of an image's side that the model sees (1: all)")
+    add("--batch-size", type=number(int, POSITIVE), default=64, help="images per forward pass")
     add("--num-workers", type=number(int, NOT_NEGATIVE), default=2, help="loader processes")
     add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="mixed precision")
     add("--device", default="auto", help="auto, cuda or cpu")
