@@ -1,4 +1,4 @@
-"""Who learns how fast and from what: parameter groups, learning rates, label mixing, the moving average, and the
+"""What learns how fast and from what: parameter groups, learning rates, label mixing, the moving average, and the
 Trainer made of them. The values are a recipe's."""
 
 import math
@@ -63,11 +63,11 @@ def build_trainer(
 ) -> Trainer:
     """model: dense or dynamic, on the device. Compiles it and wraps it for several processes, where asked for.
 
-    features: it learns the teacher's features and nothing else, whatever the recipe says of losses.
+    features: it learns the teacher's features and nothing else, whatever the recipe says about losses.
     """
     amp_dtype, preprocessing = pick_amp(recipe.amp, device), model.spec.preprocessing
     if not model.spec.dense and not features:
-        model.set_distilled_training(True)  # what the losses need, where others want logits
+        model.set_distilled_training(True)  # the losses need all outputs, others just logits
     mixup = build_mixup(recipe, model.spec.num_classes)
     groups = param_groups(model, recipe.weight_decay, recipe.decay_new_biases)
     ema = MovingAverage(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
@@ -149,7 +149,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def precision_name(amp_dtype: torch.dtype | None) -> str:
-    """What pick_amp has picked, for the log."""
+    """The name of what pick_amp has picked, for the log."""
     return str(amp_dtype or torch.float32).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""The values that training follows, as recipes: the papers' and our own. What is done with them: optim.py."""
+"""The settings of training, as recipes: the papers' and our own. optim.py applies them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,8 +32,8 @@ class Recipe:
 
     The values without a flag belong to a recipe. schedule: "epochs" changes learning rates between epochs, with the
     backbone frozen at first and then slow (a dense model: linear warm-up, cosine), "steps" at every step, linear
-    warm-up and cosine for all. lr_images: lr is for a step of so many images, scaled to the images that there are;
-    None: it is as it stands. decay_new_biases: weight decay for the biases and norms of what is new in a model.
+    warm-up and cosine for all. lr_images: lr is for a step of this many images, and is scaled to the actual number;
+    None: it is used as it is. decay_new_biases: weight decay for the biases and norms of what is new in a model.
     """
 
     recipe: str = setting(
@@ -128,8 +128,8 @@ class Recipe:
         return self.warmup_epochs if self.frozen_epochs is None else self.frozen_epochs
 
     def check(self, dense: bool, given: Collection[str]) -> None:
-        """Raises UserError for values that do not go together. dense: what is trained is a plain backbone. given: the
-        values that the user has set; where those of a recipe are too long for a short run, that is said."""
+        """Raises UserError for values that do not go together. dense: whether a plain backbone is trained. given: the
+        names of values that the user has set; a recipe's own that are too long for a short run only cause a warning."""
         check_needs(self, given)
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise UserError(
@@ -156,7 +156,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a recipe costs and what comes of it, for who has to choose."""
+    """What a recipe costs and what it achieves, for those who have to choose."""
 
     paper: str
     hardware: str
@@ -170,7 +170,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe as it stands in the list. for_models_of: values that are others for the models of another paper."""
+    """A recipe in the list. for_models_of: values that differ for the models of another paper."""
 
     recipe: Recipe
     augmentation: Augmentation
