@@ -236,7 +236,7 @@ def dynamic_rates(
     lr: float, min_lr: float, epoch: float, epochs: int, frozen_epochs: float, backbone_scale: float
 ) -> dict[str, float]:
     """The NeurIPS schedule, constant within an epoch: predictors by cosine; the backbone not at
-    all for the first epochs, while the predictors are no better than chance, then hardly."""
+    all for the first epochs, while the predictors are no better than chance, then slowly."""
     epoch = math.floor(epoch)
     predictor = cosine(lr, min_lr, epoch, epochs)
     backbone = 0.0 if epoch < frozen_epochs else min(backbone_scale * lr, predictor)

@@ -1,5 +1,5 @@
 """What every dynamic model has, whatever its family: a description that stays true, rates that are checked, and the
-manners of the timm model that it was made from."""
+behaviour of the timm model that it was made from."""
 
 import functools
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Dynamic:
         self._keep_rates = self.check_rates(keep_rates, len(self.pruning_loc))
 
     def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
-        """As keep_rates = ..., for who likes a method."""
+        """The same as keep_rates = ..., as a method."""
         self.keep_rates = keep_rates
 
     @staticmethod
@@ -88,7 +88,7 @@ class Dynamic:
 
     @staticmethod
     def refuse_tracing(images: Tensor) -> None:
-        """One line for torch.fx and what is built on it, which would fail somewhere inside."""
+        """A one-line error for torch.fx and what is built on it, which would otherwise fail somewhere inside."""
         if isinstance(images, torch.fx.Proxy):
             raise NotImplementedError(
                 "torch.fx cannot trace a dynamic model, whose passes depend on its settings: use forward_intermediates"
@@ -103,7 +103,7 @@ def dynamic_class(mixin: type, backbone_class: type[nn.Module]) -> type[nn.Modul
 
 
 def rebuild(mixin: type, backbone_class: type[nn.Module]) -> nn.Module:
-    """For pickle, which finds no class that was made at run time."""
+    """For pickle, which cannot find a class that was made at run time."""
     joined = dynamic_class(mixin, backbone_class)
     return joined.__new__(joined)
 

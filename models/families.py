@@ -51,18 +51,21 @@ def make_dynamic(
 ) -> nn.Module:
     """Makes a trained timm backbone dynamic, in place; its own weights and names stay.
 
-    backbone: a VisionTransformer, Eva, SwinTransformer or ConvNeXt (the latter two by predictors and fast paths alone,
-    see spatial; only these have merge_streams). Either `make_dynamic(vit, speedup=1.6)`: stages and rates are chosen
-    so that the model needs so many times fewer multiply-adds (arithmetic; nothing is measured, as `tools.accelerate
-    --speedup` does), by distinct + merge_length inside the blocks. for_features=True: so that forward_features does,
-    and every patch's feature is as near as can be to the dense model's, by outlying + merge_length before the blocks.
-    Or by hand. pruning_loc: the blocks before which tokens are reduced, or inside which with place="inside", between
-    attention and MLP. keep_rates: the share of the original patch tokens kept after each of these stages. scorer:
-    predictor (published; learned), or attention, distinct, outlying or random, which need no training; reducer: drop
-    (published) or merge; or objects of your own.
+    backbone: a VisionTransformer, Eva, SwinTransformer or ConvNeXt (the latter two only with predictors and fast
+    paths, see spatial; merge_streams is for these alone).
 
-    The model answers with logits, in train mode too, as the backbone did; set_distilled_training(True) makes it give
-    what this project's losses need. timm's patch dropout is not used any more. Raises ValueError, before anything is
+    Either give a speed-up, `make_dynamic(vit, speedup=1.6)`: stages and rates are chosen so that the model needs that
+    many times fewer multiply-adds, by distinct_few + merge_length inside the blocks. This is counted, not timed;
+    `tools.accelerate --speedup` measures time. for_features=True: the multiply-adds are those of forward_features, and
+    every patch's feature stays as close as possible to the dense model's, by outlying + merge_length before the blocks.
+
+    Or choose by hand. pruning_loc: the blocks before which tokens are reduced, or with place="inside" the blocks
+    inside which, between attention and MLP. keep_rates: the share of the original patch tokens kept after each of these
+    stages. scorer: predictor (published; learned), or attention, distinct, outlying or random, which need no training;
+    reducer: drop (published) or merge; or objects of your own.
+
+    The model returns logits, in train mode too, as the backbone did; set_distilled_training(True) makes it return
+    what this project's losses need. timm's patch dropout is no longer used. Raises ValueError, before anything is
     changed, if anything does not fit.
     """
     if speedup is not None and not isinstance(speedup, numbers.Real):

@@ -1,8 +1,8 @@
 """Vision models of Hugging Face's transformers: ViT, DeiT, DINOv2 (with registers), SigLIP and CLIP.
 
-Their own forward methods run, so that what they answer keeps its class, names and shapes. Hooks before the encoder's
+Their own forward methods run, so that their outputs keep their class, names and shapes. Hooks before the encoder's
 layers shorten the sequence, a registered attention function adds the bias for merged tokens and shows the scorer
-queries and keys, and a hook behind the last layer gives every patch its token back. Shapes: B images, P prefix tokens
+queries and keys, and a hook after the last layer gives every patch its token back. Shapes: B images, P prefix tokens
 (class token first), N patch tokens, K of them left, C channels.
 """
 
@@ -57,7 +57,7 @@ from .vit import ViTAdapter
 HALF = (0.5, 0.5, 0.5)
 SQUASH = "squash"
 IMAGENET = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-# What a kind of model expects where no preprocessor_config.json says it: that of the weights published first.
+# What a kind of model expects where no preprocessor_config.json says it: what its first published weights expect.
 KINDS = {
     "vit": Preprocessing(HALF, HALF, 1.0, "bilinear", SQUASH),
     "deit": replace(IMAGENET, crop_mode=SQUASH),
@@ -75,7 +75,7 @@ ANSWERS = ("logits", "image_embeds", "pooler_output")  # what a model is for: th
 
 
 def kind_of(model_class: type) -> str | None:
-    """Which of KINDS it is, by the module that it or a class above it is from; nothing has to be imported for it."""
+    """Which of KINDS it is, by the module that it or a base class is from; nothing has to be imported for it."""
     for base in model_class.__mro__:
         package, _, rest = base.__module__.partition(".models.")
         kind = rest.partition(".")[0]
@@ -90,11 +90,11 @@ class ByModule(type):
 
 
 class PreTrainedVisionModel(metaclass=ByModule):
-    """Stands for transformers' classes, which are imported only by who uses them."""
+    """Stands for transformers' classes, which only their users import."""
 
 
 class Parts(NamedTuple):
-    """Where the parts of a model are that others hide in different places."""
+    """The parts of a model, which its classes keep in different places."""
 
     tower: nn.Module  # has the embeddings; answers with last_hidden_state first
     layers: nn.ModuleList
@@ -102,7 +102,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(model: nn.Module) -> Parts:
-    """Raises ValueError for what is no image model."""
+    """Raises ValueError for what is not an image model."""
     name = type(model).__name__
     if hasattr(model, "text_model"):
         raise ValueError(f"{name} reads text, too: make its vision_model dynamic, if that is a model of its own")
@@ -126,9 +126,9 @@ def vision_config(model: nn.Module) -> Any:
 
 
 def answer_of(output: Any) -> Tensor:
-    """(B, classes) logits from what a model has answered, or (B, C) embeddings where it has no classes.
+    """(B, classes) logits from a model's output, or (B, C) embeddings where it has no classes.
 
-    A tensor, as all other models answer with, stays as it is. Raises ModelError for what is neither.
+    A tensor, which all other models return, stays as it is. Raises ModelError for what is neither.
     """
     if isinstance(output, Tensor):
         return output
@@ -145,7 +145,7 @@ def answer_of(output: Any) -> Tensor:
 
 @dataclass
 class Pass:
-    """A call of a dynamic model: what is asked of it, and what it has met."""
+    """One call of a dynamic model: what it has to return, and its state so far."""
 
     model: "DynamicVision"
     callers: list[nn.Module] = field(default_factory=list)  # those running now
@@ -156,7 +156,7 @@ class Pass:
     attended: bool = False  # whether the layer that runs has called our attention function
     keep_decisions: list[Tensor] = field(default_factory=list)  # of masked training, as in TokenPruning.forward
     features: Tensor | None = None  # (B, P+N, C) last_hidden_state
-    states: list[Tensor] = field(default_factory=list)  # restored, behind each layer, if they are wanted
+    states: list[Tensor] = field(default_factory=list)  # restored, after each layer, if they are wanted
 
     def start(self, x: Tensor) -> None:
         """x: (B, P+N, C), the tokens before the first layer."""
@@ -196,7 +196,7 @@ class Pass:
         tokens.bias = aligned(policy_bias(policy, model.num_prefix_tokens).to(bias_dtype(tokens.x)))
 
     def leave(self, number: int, x: Tensor) -> Tensor:
-        """(B, P+K, C) tokens behind a layer -> the same, or (B, P+N, C) where others look at them."""
+        """(B, P+K, C) tokens after a layer -> the same, or (B, P+N, C) where others look at them."""
         if not self.attended:
             raise ValueError("this version of transformers does not take attention functions: install a newer one")
         self.tokens.x = x
@@ -239,7 +239,7 @@ class Passes(threading.local):
 
     current: Pass | None = None
     layer: int | None = None
-    watched: list[Pass] | None = None  # where a finished pass is left for who asked for it
+    watched: list[Pass] | None = None  # where a finished pass is left for whoever asked for it
 
 
 _passes = Passes()
@@ -253,7 +253,7 @@ def before_layer(number: int, _layer: nn.Module, args: tuple) -> tuple | None:
 
 
 def after_layer(number: int, _layer: nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-    """Before version 5 some layers answer with tuples."""
+    """Before transformers 5 some layers return tuples."""
     if _passes.current is None:
         return None
     _passes.layer = None
@@ -338,7 +338,7 @@ class DynamicVision(Dynamic):
 
     @property
     def reads_class_token_alone(self) -> bool:
-        """Whether nobody sees a patch token behind the last layer."""
+        """Whether nothing reads a patch token after the last layer."""
         classifies = "ForImageClassification" in self.backbone_class.__name__
         return classifies and kind_of(self.backbone_class) in ("vit", "deit")
 
@@ -418,7 +418,7 @@ class DynamicVision(Dynamic):
 
 
 def use_our_attention(model: DynamicVision) -> None:
-    """Whatever set_attn_implementation has chosen since. Raises ValueError for a kernel that takes no bias."""
+    """Also after set_attn_implementation has chosen another one. Raises ValueError for a kernel that takes no bias."""
     for config in model.attention_configs:
         chosen = config._attn_implementation or "eager"
         if chosen not in ATTENTIONS:
@@ -683,7 +683,7 @@ def hub_name(model: nn.Module) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Its progress bars, and the predictors, which it does not know, are no news."""
+    """Silences its progress bars, and its warnings of predictors, which it does not know."""
     from transformers import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -62,14 +62,14 @@ def size_bias(log_size: Tensor, num_prefix: int) -> Tensor:
 def aligned(bias: Tensor) -> Tensor:
     """The same values in rows whose stride is a multiple of 8, once a stage.
 
-    CUDA's fused attention wants that of a bias, and would otherwise pad a copy of it in every block.
+    CUDA's fused attention needs such a bias, and would otherwise pad a copy of it in every block.
     """
     width = bias.shape[-1]
     return bias if bias.device.type == "cpu" else F.pad(bias, (0, -width % 8))[..., :width]
 
 
 def bias_dtype(x: Tensor) -> torch.dtype:
-    """That of the matrix products, but float32 instead of float16 under autocast; see choose_attention."""
+    """The dtype of the matrix products, but float32 instead of float16 under autocast; see choose_attention."""
     dtype = matmul_dtype(x)
     return torch.float32 if dtype == torch.float16 and x.dtype != torch.float16 else dtype
 
@@ -94,7 +94,7 @@ class Trace(NamedTuple):
 
 @dataclass
 class Forward:
-    """One pass through the blocks: what is asked of it, and what it has met."""
+    """One pass through the blocks: what it has to return, and its state so far."""
 
     stages: list[Stage]
     head_alone: bool  # nobody reads a patch token after the last attention
@@ -192,8 +192,8 @@ class TokenPruning(Dynamic):
     def head_alone(self) -> bool:
         """Whether the last block computes its MLP for the prefix tokens only, all that the head reads.
 
-        Exact but for rounding. Not for published forms, whose multiply-adds are counted with all tokens, nor where
-        somebody's hook on that block waits for them.
+        Exact up to rounding. Not for published forms, whose multiply-adds are counted with all tokens, nor where
+        a user's hook on that block waits for them.
         """
         last = self.blocks[-1]
         splits = self.adapter.find_split(last) is not None and not has_hooks(last)
@@ -208,8 +208,8 @@ class TokenPruning(Dynamic):
     def forward_features(self, images: Tensor, restore: str | None = None) -> Tensor:
         """(B, 3, H, W) images -> (B, P+N, C) normed tokens, as timm's: a token for every patch.
 
-        restore: residual (each patch its group's token and what it lost by joining), copy (its group's token), or none:
-        (B, P+K, C), the tokens that are left. None takes model.restore, which is residual unless it is set.
+        restore: residual (each patch gets its group's token plus what it lost by joining), copy (its group's token), or
+        none: (B, P+K, C), the tokens that are left. None takes model.restore, which is residual unless it is set.
         """
         tokens, run = self.restored(images, restore, frozenset(), None)
         return self.norm(run.restorer(tokens.x, self.num_prefix_tokens) if run.restorer else tokens.x)
@@ -241,7 +241,7 @@ class TokenPruning(Dynamic):
         """timm's, with a feature for every patch: (B, 3, H, W) images -> (final tokens, feature maps by block).
 
         restore: residual or copy, see forward_features. Raises ValueError for blocks that do not exist, and for
-        attention masks, which a model with stages has no room for.
+        attention masks, which a model with stages makes itself.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("a dynamic model makes its own attention masks; leave attn_mask and is_causal out")
@@ -318,8 +318,8 @@ class TokenPruning(Dynamic):
             scores = self.scorer(look, self.score_predictor[stage] if self.scorer.learned else None)
             size = look.sizes
             if self.training and self.scorer.probability and self.reducer.merges:
-                # Who is kept is a hard choice without a gradient. But a token's size says how much it counts
-                # in its mean and in every attention from here on, and the probability of keeping it is a soft
+                # Which tokens are kept is a hard choice without a gradient. But a token's size says how much it
+                # counts in its mean and in every attention from here on, and the probability of keeping it is a soft
                 # answer to that same question. So it takes the gradient of the size (straight through: the
                 # value stays), and the predictor learns which tokens should count for more.
                 probability = scores.scores.exp()
@@ -361,7 +361,7 @@ class TokenPruning(Dynamic):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As timm's: cuts the blocks behind the last wanted one, with their stages. ValueError if no stage is left."""
+        """As timm's: cuts the blocks after the last wanted one, with their stages. ValueError if no stage is left."""
         _, last = feature_take_indices(len(self.blocks), indices)
         left = [stage for stage, loc in enumerate(self.pruning_loc) if loc <= last]
         if not left:

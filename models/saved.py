@@ -80,7 +80,7 @@ logger = logging.getLogger(__name__)
 
 
 def not_finite(model: nn.Module, weights: StateDict) -> str | None:
-    """The name of one that is not a number. In buffers infinity may have a meaning."""
+    """The name of a tensor with values that are not finite. In buffers infinity may have a meaning."""
     parameters = {name for name, _ in model.named_parameters()}
     odd = (n for n, value in weights.items() if value.isnan().any() or (n in parameters and value.isinf().any()))
     return next(odd, None)
@@ -106,8 +106,8 @@ def save_pretrained(
     """Writes model.safetensors and config.json, which from_pretrained reads, and README.md, a model card.
 
     model: from create_model or from_pretrained, or a timm model, made dynamic or not. notes: how the
-    model was made and what it does (recipe="...", accuracy=...), kept for the reader. What was written is read
-    back before it gets its name; a folder that could not be written to its end is refused by from_pretrained.
+    model was made and what it does (recipe="...", accuracy=...), kept for the reader. Files are read back before
+    they get their names; from_pretrained refuses a folder that was not completely written.
     A README.md that somebody else wrote is left as it is. Raises ModelError if the model could not be built again
     from its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
     the stages in its config and a preprocessor_config.json beside it.
@@ -146,7 +146,7 @@ def save_pretrained(
 
 
 def write_card(folder: Path, spec: ModelSpec, notes: Mapping[str, Any], origin: str | None = None) -> None:
-    """Unless there is one that somebody else wrote. origin: see model_card."""
+    """Writes README.md, unless there is one that somebody else wrote. origin: see model_card."""
     if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(encoding="utf-8", errors="replace"):
         (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes), origin), encoding="utf-8")
 
@@ -220,13 +220,13 @@ def load_transformers(folder: Path) -> nn.Module:
 
 
 def requirements(spec: ModelSpec) -> list[str]:
-    """What somebody who loads the model has to do before: a line for each method that is not built in."""
+    """What has to be done before the model can be loaded: a line for each method that is not built in."""
     own = [kind for kind, names in BUILT_IN.items() if not spec.dense and getattr(spec, kind) not in names]
     return [f"register its {kind}: {kind.upper()}S[{getattr(spec, kind)!r}] = ..." for kind in own]
 
 
 def looks_like_saved(path: str | Path) -> bool:
-    """Whether from_pretrained is the one to read it, be it whole or not."""
+    """Whether from_pretrained should read it, complete or not."""
     return any((Path(path) / name).is_file() for name in (CONFIG, WEIGHTS))
 
 
@@ -415,7 +415,7 @@ def download(name: str, revision: str | None) -> Path:
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """Within it, a hub that does not answer in time is not asked again and again: its cache alone is used."""
+    """Inside, only the cache is used if the hub does not answer in time, so that it is not tried again and again."""
     from huggingface_hub import constants, get_session
 
     before = constants.HF_HUB_OFFLINE

@@ -81,10 +81,10 @@ class ModelSpec:
 
     None stands for the architecture's own value; the spec of a model that is built has none of them
     left but class_names. sizes holds what differs from the architecture: embed_dim, depth(s), num_heads,
-    mlp_ratio, patch_size, window_size. keep_rates, if given, go before base_rate. place: of the stages, before their
+    mlp_ratio, patch_size, window_size. keep_rates, if given, override base_rate. place: of the stages, before their
     blocks or inside. global_pool: timm's name of a pooling that reset_classifier has chosen, None for the
     architecture's own.
-    Raises ModelError where a value cannot be.
+    Raises ModelError for a value that is impossible.
     """
 
     arch: str = "deit_small"
@@ -156,7 +156,7 @@ class ModelSpec:
             raise ModelError(f"a model's description cannot be read ({error})") from error
 
     def differences(self, other: "ModelSpec") -> list[str]:
-        """What the other one has otherwise, as "name ours -> theirs"; what it leaves open is not among them."""
+        """Where the other one differs, as "name ours -> theirs"; fields that it leaves open do not count."""
         return [
             f"{f.name} {getattr(self, f.name)} -> {getattr(other, f.name)}"
             for f in fields(self)
@@ -169,12 +169,12 @@ class ModelSpec:
 
 
 def without_newer_defaults(content: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Without the newer fields that say what goes without saying, so that older versions can read the rest."""
+    """Leaves out newer fields that have their default, so that older versions can read the rest."""
     return {name: value for name, value in content.items() if name not in NEWER or value != getattr(kind, name)}
 
 
 def check_values(spec: ModelSpec) -> None:
-    """What a description is asked only when it is whole. Raises ModelError."""
+    """The checks that need a complete description. Raises ModelError."""
     if (how := spec.preprocessing) is not None:
         colours = all(is_list_of(values, is_number) and len(values) == 3 for values in (how.mean, how.std))
         usable = (

@@ -32,7 +32,7 @@ class Output:
             self.write_log(progress.history)
         except OSError as error:
             raise UserError(f"cannot write to --output-dir {output_dir} ({error.strerror})") from error
-        # from all over the set, as its first images are often of one class
+        # spread over the set, as its first images are often of one class
         spread = range(0, len(val_set), -(-len(val_set) // NUM_HISTOGRAM_IMAGES))
         self.sample = torch.stack([val_set[i][0] for i in spread])
 
@@ -76,7 +76,7 @@ class Output:
         self.events.flush()
 
     def _try_pictures(self, model: nn.Module, epoch: int) -> None:
-        """A picture is worth a warning, never a run; a full disk is warn_if_disk_full's."""
+        """Pictures that fail cost a warning, never the run; warn_if_disk_full handles a full disk."""
         try:
             self._write_pictures(model, epoch)
         except OSError:
