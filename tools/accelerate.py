@@ -2,10 +2,10 @@
 
     dynamicvit accelerate vit_small_patch16_224.augreg_in21k_ft_in1k --images photos/ --output fast/
 
-Between its blocks, patches that tell little or resemble a more important one are merged with those most similar
-to them (--scorer distinct --reducer merge, as in main_dynamic_vit.py). Then the model learns to answer as it did
-before, from its own dense answers. A fifth of the images is never trained on: fast/report.html tells how
-much has changed on these. To use the model: dynamicvit.from_pretrained("fast"). The same in Python:
+In its blocks, patches that tell little or resemble a more important one are merged with those most similar
+to them (--scorer distinct_few --reducer merge_length, as in main_dynamic_vit.py). Then the model learns to
+answer as it did before, from its own dense answers. A fifth of the images is never trained on: fast/report.html
+shows how much the answers to these have changed. To use the model: dynamicvit.from_pretrained("fast"). The same in Python:
 
     model, report = dynamicvit.accelerate(vit, "photos", speedup=1.5)
 """
@@ -51,10 +51,10 @@ from torch import Tensor, nn
 
 from dynamicvit import utils
 
-CHOICE_IMAGES = 64  # by which layouts that are equally fast are told apart
+CHOICE_IMAGES = 64  # to choose among layouts that are equally fast
 BATCH_SIZE = {"cpu": 16, "cuda": 128}  # of training
-FEATURES_LR = 1e-4  # every token's direction is a steadier target than the answer, which takes a tenth of it
-FEATURE_IMAGES = 100  # held back at most where features are compared, of which an image has hundreds
+FEATURES_LR = 1e-4  # every token's direction is a steadier target than the answer, which needs a tenth of this
+FEATURE_IMAGES = 100  # held back at most where features are compared, as an image has hundreds of them
 
 
 def accelerate(
@@ -84,23 +84,23 @@ def accelerate(
     seed: int = 0,
     stop: StopSignal | None = None,
 ) -> tuple[nn.Module, Report]:
-    """A faster copy of a trained vision transformer, in eval mode, and what is known of it.
+    """A faster copy of a trained vision transformer, in eval mode, and a report on it.
 
     model: a ViT of timm or transformers (left as it is), one of timm's names or ours, user/name on the hub, or a folder
     of save_pretrained's, ours or transformers'.
     images: like those that the model is for: a folder, files, or a DataLoader that gives (B, 3, H, W) tensors as the
     model takes them, alone or before labels. A fifth of them is never trained on, and is what the report is about.
-    speedup: times as fast, by the clock, here, at a batch of for_batch images (default: 8 on a CPU, 128 on a GPU) in
-    the precision amp (auto: bfloat16 on a GPU, float32 on a CPU). Default 1.5. Instead: flops_speedup, times fewer
-    multiply-adds; or base_rate, the share of its tokens that each stage keeps; or keep_rates, shares of all tokens by
-    stage. pruning_loc: the blocks before which tokens merge, where they are not to be chosen.
+    speedup: how many times as fast (default 1.5), timed on this machine, with batches of for_batch images (default: 8
+    on a CPU, 128 on a GPU) in the precision amp (auto: bfloat16 on a GPU, float32 on a CPU). Instead: flops_speedup,
+    times fewer multiply-adds; or base_rate, the share of its tokens that each stage keeps; or keep_rates, shares of all
+    tokens by stage. pruning_loc: the blocks before which tokens merge, to choose them by hand.
     purpose: answers, or features: every patch's feature stays near the dense model's, in forward_features and timm's
-    other methods for these, whose time then counts; the model's own answers are not looked at.
-    minutes: of fine-tuning, about (default 5; 0 for none); or steps, exactly repeatable.
-    output: a new folder for model and report, in which an interrupted run goes on; None: nothing is written.
-    weights, input_size, class_names (names, or a file with one a line), mean, std, crop_pct: where the model's name
-    does not tell. batch_size: of training. stop: ends it early; raises Stopped when what there is has been saved.
-    Raises UserError, also for a speed-up that cannot be had (its message says which one can).
+    other methods for these, whose time then counts; the model's own answers are ignored.
+    minutes: roughly, of fine-tuning (default 5; 0 for none); or steps, exactly repeatable.
+    output: a new folder for model and report, where an interrupted run is resumed; None: nothing is written.
+    weights, input_size, class_names (names, or a file with one a line), mean, std, crop_pct: what the model's name
+    does not tell. batch_size: of training. stop: ends it early; raises Stopped once what there is has been saved.
+    Raises UserError, also for a speed-up that cannot be reached (the message gives one that can).
     """
     request = Request(
         model=model,
@@ -142,7 +142,7 @@ class Acceleration:
     def choose(self) -> None:
         """The faster model, before any training: the one that an earlier run chose, or by the clock."""
         use, spec = self.use, self.folder.spec
-        # The teacher's modules may be set up otherwise; what is timed is the model as it is used.
+        # The teacher's modules may be set up differently; what is timed is the model as it is used.
         as_used = share_weights(self.dense) if use.amp_dtype is None else copy.deepcopy(self.dense)
         self.as_used = as_used.to(use.amp_dtype)
         if spec is None:
@@ -154,7 +154,7 @@ class Acceleration:
         self.folder.write(self.report)  # now that nothing in the command is wrong
 
     def what_counts(self, model: nn.Module) -> nn.Module:
-        """Gives, called, what the model is for."""
+        """A module that, when called, gives what the model is for."""
         return FeatureExtractor(model) if self.request.features else model
 
     def time(self, models: dict[str, nn.Module]) -> dict[str, float]:
@@ -220,7 +220,7 @@ class Acceleration:
         self.report.saved = name  # for now
 
     def fine_tune(self) -> None:
-        """Unless there are too few images, or nobody wants it."""
+        """Fine-tunes, unless there are too few images or the user does not want it."""
         request, report = self.request, self.report
         if len(self.split.training) == 0 or request.budget.is_none:
             return
@@ -252,7 +252,7 @@ class Acceleration:
             if self.outcome and self.outcome.is_tuned:
                 log("fine-tuning did not help on the images held back: the model is left as it was")
             self.fast.load_state_dict(self.dense.state_dict())
-        self.fast.set_distilled_training(False)  # in a user's own training loop it answers with logits
+        self.fast.set_distilled_training(False)  # in a user's own training loop it returns logits
         self.folder.finish(self.report, self.fast, self.comparison, self.held_back)
         log(*str(self.report).splitlines())
         if stopped is not None:

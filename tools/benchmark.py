@@ -3,9 +3,9 @@
     dynamicvit benchmark --arch deit_small --base-rate 0.7 --batch-size 1 8 32 --json speed.json
 
 The dense model is timm's own (for LV-ViT our backbone), with fused attention; all have the same weights. "dynamic" is
-the published form at this rate. At as many multiply-adds: "merged", what make_dynamic(speedup=) chooses; "ToMe"; and
-"bound", which has merged's stages and cuts tokens off without looking at any: what no way to choose tokens can beat.
-With --input FOLDER it measures instead how fast a core reads and augments images.
+the published form at this rate. With as many multiply-adds: "merged", what make_dynamic(speedup=) chooses; "ToMe"; and
+"bound", which has merged's stages and cuts tokens off without looking at any: no way to choose tokens can be faster.
+With --input FOLDER it measures instead how fast one core reads and augments images.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Before anything is measured, what would stop it later."""
+    """Raises UserError before anything is measured for what would stop it later."""
     utils.pick_device(args.device)
     if args.scaling and args.keep_rates:
         raise UserError("--scaling varies the base rate, so it cannot go with --keep-rates")
@@ -143,7 +143,7 @@ def points(settings: Settings, scaling: bool) -> list[tuple[int, float]]:
 
 
 def is_possible(arch: str, base_rate: float) -> bool:
-    """Whether it leaves every stage some tokens; Swin's and ConvNeXt's lose a fixed share at each."""
+    """Whether it leaves every stage some tokens; those of Swin and ConvNeXt lose a fixed share at each."""
     try:
         with torch.device("meta"):
             build_model(ModelSpec(arch, base_rate))

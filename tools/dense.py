@@ -49,7 +49,7 @@ FITTED = {"center": "the centre", "squash": "squashed, then the centre", "border
 
 @dataclass(frozen=True)
 class Own:
-    """What a user says of his own weights, where the model's name does not tell."""
+    """What users state about their own weights, where the model's name does not tell."""
 
     weights: str | Path | None = None
     input_size: int | tuple[int, int] | None = None  # a side in pixels, or (height, width)
@@ -109,13 +109,13 @@ def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list
 
 
 def load(source: str | Path) -> nn.Module:
-    """What from_pretrained loads; of a folder that transformers wrote, or of such a model on the hub, the dense one."""
+    """What from_pretrained loads; from a transformers folder, or such a model on the hub, the dense model."""
     folder = fetched(source)
     return load_dense(folder) if is_saved_by_transformers(folder) else from_pretrained(folder)
 
 
 def as_dense(model: nn.Module) -> nn.Module:
-    """A copy that may be changed; of a dynamic model its backbone. UserError for one that accelerate cannot take."""
+    """A copy that may be changed; of a dynamic model, its backbone. UserError for one that accelerate cannot take."""
     of_transformers, spec = isinstance(model, PreTrainedVisionModel), describe(model)
     if not spec.dense:
         return dense_twin(model).float()
@@ -149,12 +149,12 @@ def check_blocks(dense: nn.Module, arch: str) -> None:
 
 
 def is_name(model: str) -> bool:
-    """Of an architecture, and not a folder, a file or user/name on the Hugging Face hub."""
+    """Whether it names an architecture, and not a folder, a file or user/name on the Hugging Face hub."""
     return model in ARCHS or timm.is_model(model) or not (Path(model).exists() or "/" in model)
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that is nobody's, with those that are like it."""
+    """Raises UserError for an unknown name, with similar ones."""
     known = timm.list_models(pretrained=True) if "." in name else timm.list_models()
     if name in ARCHS or name in known or (timm.is_model(name) and "." not in name):
         return
@@ -175,7 +175,7 @@ def spec_by_name(name: str, content: dict[str, Any] | None, input_size: int | tu
 
 
 def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> tuple[StateDict, list[str]]:
-    """From the file, or the published ones; with notes. Raises CheckpointError if they cannot be had."""
+    """Weights from the file, or the published ones; with notes. Raises CheckpointError if there are none."""
     if content is None:
         with advice("or give --weights FILE"):
             return published_weights(spec.arch), []
@@ -186,7 +186,7 @@ def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> tuple[Stat
 
 
 def assumed(dense: nn.Module, own: Own) -> list[str]:
-    """How images are prepared, where nobody has said it."""
+    """How images are prepared, as a note, where nobody has said it."""
     unsaid = isinstance(dense, PreTrainedVisionModel) and said_preprocessing(dense) is None
     if (own.weights is None and not unsaid) or None not in (own.mean, own.std, own.crop_pct):
         return []
@@ -200,7 +200,7 @@ def assumed(dense: nn.Module, own: Own) -> list[str]:
 
 
 def label(value: nn.Module | str | Path | Images | None) -> str | None:
-    """A name for a report: of files and folders the last part alone, as the report may be published."""
+    """A name for a report: only the last part of a file's or folder's path, as the report may be published."""
     if value is None:
         return None
     if isinstance(value, (str, Path)):

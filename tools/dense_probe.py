@@ -4,10 +4,10 @@ python -m tools.dense_probe deit_tiny --weights deit_tiny.pth --input-size 352 4
     --images camvid/train --masks camvid/trainannot --val-images camvid/val --val-masks camvid/valannot
 
 The head (batch norm and a 1 x 1 convolution) learns on the dense model's features of --images, and is used unchanged
-on those of models that need --speedups times fewer multiply-adds, of which none is trained: copy gives each patch the
+on those of models that need --speedups times fewer multiply-adds. None of these is trained: copy gives each patch the
 token of its group, residual adds what the patch lost by joining (models.restoring), ToMe is the published merging, its
 tokens copied. With --own-heads a second table follows, in which each model has a head that learned on its own features.
-A mask is an image of one channel with the pixels' classes, of the same name as its image but for the ending.
+A mask is an image of one channel with the pixels' classes, named like its image except for the ending.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def build_dense(name: str, weights: str | None, size: Sequence[int] | None) -> n
 
 
 def faster_models(dense: nn.Module, speedups: Sequence[float]) -> Iterator[Contender]:
-    """Ours with either way to restore, and ToMe where the backbone has a place for it. Nothing is trained."""
+    """Ours with both ways to restore, and ToMe where the backbone has a place for it. Nothing is trained."""
     for speedup in speedups:
         try:
             ours = make_dynamic(copy.deepcopy(dense), speedup=speedup, for_features=True)

@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> dict[str, Path]:
-    """The files to write, by kind. Before anything is done, UserError for what would stop it later."""
+    """The files to write, by kind. Raises UserError before anything is done for what would stop it later."""
     wanted = {kind: getattr(args, kind) for kind in WRITERS if getattr(args, kind) is not None}
     if not wanted:
         raise UserError("nothing to write; give --onnx FILE.onnx, --torch FILE.pt2 or --aoti FILE.pt2")
@@ -132,7 +132,7 @@ def describe_images(folder: Path | None) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write: it gets its name at the end only. UserError for all that can go wrong in exporting."""
+    """Where to write; the file gets its name at the end. UserError for all that can go wrong in exporting."""
     try:
         with whole_file(path) as temporary:
             yield temporary

@@ -92,9 +92,9 @@ def photos_in(given: str) -> list[str]:
 
 @dataclass
 class Answers:
-    """Printed as they come, and kept for the files (path -> what makes its text) that they are asked for in.
+    """Answers, printed as they come, and kept for the files to write them to (path -> what makes its text).
 
-    Raises UserError at once where one of these cannot be written.
+    Raises UserError at once if one of these cannot be written.
     """
 
     files: dict[Path, Callable[[list[dict[str, Any]]], str]]
@@ -116,7 +116,7 @@ class Answers:
         print("\n".join([printable(photo), *(f"  {p:6.1%}  {name}" for name, p in top)]), flush=True)
 
     def add_embedding(self, photo: str, embedding: Tensor) -> None:
-        """Its size and norm, and how similar to the first one it is."""
+        """Prints its size and norm, and how similar it is to the first one."""
         self.records.append({"photo": photo, "embedding": embedding.tolist()})
         name = printable(photo)
         print(f"{name}: embedding of {len(embedding)} numbers, norm {embedding.norm():.3f}", flush=True)

@@ -6,7 +6,7 @@
 
 Everything is compared on the same images with the dense model: the same weights with all tokens kept. "merged" is what
 make_dynamic(speedup=) takes. It and ToMe, PiToMe and DiffRate have no base rate: they get the setting whose cost comes
-nearest to that of dropping tokens at random, or, as all others, to --gflops.
+nearest to that of dropping tokens at random, or, like all others, to --gflops.
 Standard errors are those of the mean over images, and of the paired difference where it says so. Writes sweep.csv,
 sweep.png and sweep.npz (the values of every image) to --output. Speed is that of the forward pass alone.
 """
@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
         for variant in variants[1:]:
             variant.model.set_keep_rates(level.keep_rates(variant.model))
         others = others_of(model, [method for method in args.methods if method in OTHERS], level)
-        utils.set_seed(0)  # random scores that a second sweep draws again
+        utils.set_seed(0)  # so that a second sweep draws the same random scores
         contestants = [*variants, *others]
         batches = track(loader, f"{level}: batches", len(loader))
         models = {contestant.name: contestant.model for contestant in contestants}
@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def levels_of(model: nn.Module, base_rates: Sequence[float], gflops: Sequence[float] | None) -> list[Level]:
-    """Raises UserError before the first of many passes for what would stop a later one."""
+    """Raises UserError, before the first of many passes, for what would stop a later one."""
     if gflops is None:
         levels = [Level(base_rate) for base_rate in base_rates]
         for level in levels:
@@ -242,7 +242,7 @@ def variants_of(model: nn.Module, methods: Sequence[str], places: Sequence[str],
 
 
 def others_of(model: nn.Module, names: Sequence[str], level: Level) -> list[Contestant]:
-    """Ways that have no base rate, at about the cost of dropping tokens at random, or at the level's."""
+    """Methods without a base rate, at about the cost of dropping tokens at random, or at the level's."""
     if not names or not isinstance(model, TokenPruning):
         return []
     say(f"{level}: choosing the settings of {', '.join(OTHERS[name] for name in names)}")

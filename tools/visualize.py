@@ -1,4 +1,4 @@
-"""Shows what a model makes of an image's patches: which leave, which become one token, what it sees then.
+"""Shows what a model does with an image's patches: which leave, which become one token, what it sees then.
 
 dynamicvit visualize fast/ photo.jpg                            # a saved model, a run's folder or a checkpoint
 dynamicvit visualize logs/my_run photos/ --gif
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def which_model(model: str | None, resume: str | None, flags: options.ModelFlags, photos: str) -> str | None:
-    """What to load; None for dense weights made dynamic by flags. UserError if the command does not say one thing."""
+    """What to load; None for dense weights made dynamic by flags. UserError if the command names none or several."""
     named = [name for name in (model, resume, flags.pretrained) if name]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} both name the weights; give one of them")
