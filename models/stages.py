@@ -107,7 +107,7 @@ def solve(gflops_at: Callable[[float], float], dense_gflops: float, speedup: flo
     largest = math.floor(100 * dense_gflops / gflops_at(LOWEST_RATE)) / 100
     if speedup > largest:
         raise ValueError(
-            f"a speed-up of {speedup:g} would leave too few tokens of this {what}; the most is {largest:.3g} "
+            f"a speed-up of {speedup:g} would leave too few tokens of this {what}; at most {largest:.3g} "
             "(to choose by hand, give pruning_loc and keep_rates)"
         )
     return largest_rate(gflops_at, dense_gflops / speedup)

@@ -386,7 +386,7 @@ def test_predictors_of_a_dynamic_run_are_left_out(photos: Path, tmp_path: Path, 
 def test_a_dynamic_model_is_made_faster_anew_and_says_so(photos: Path) -> None:
     dynamic = models.make_dynamic(dense_model(), (1,), (0.5,), "attention", "drop")
     model, report = dynamicvit.accelerate(dynamic, photos, **FAST, minutes=0)
-    assert "dynamic already" in report.notes[0] and model.spec.scorer == FOR_SPEED.scorer
+    assert "already dynamic" in report.notes[0] and model.spec.scorer == FOR_SPEED.scorer
 
 
 def test_other_class_names_are_another_command(photos: Path, tmp_path: Path) -> None:

@@ -347,5 +347,5 @@ def test_a_name_is_no_model() -> None:
 
 
 def test_made_dynamic_once() -> None:
-    with pytest.raises(ValueError, match="dynamic already"):
+    with pytest.raises(ValueError, match="already dynamic"):
         make_dynamic(make_dynamic(build(), STAGES, HALF), STAGES, HALF)

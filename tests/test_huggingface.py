@@ -481,7 +481,7 @@ def test_wrong_requests_are_refused_in_one_line(images: Tensor) -> None:
         (lambda: by_hand(vit(), (1, 4), HALF), "1..3"),
         (lambda: by_hand(vit(), STAGES, (0.5, 0.7)), "cannot grow"),
         (lambda: by_hand(vit(), STAGES, HALF, place="inside"), "before"),
-        (lambda: by_hand(model, STAGES, HALF), "dynamic already"),
+        (lambda: by_hand(model, STAGES, HALF), "already dynamic"),
         (lambda: by_hand(both, STAGES, HALF), "vision_model"),
         (lambda: make_dynamic(vit(), speedup=20), "too few tokens"),
         (lambda: model(images, output_attentions=True), "output_attentions"),

@@ -107,7 +107,7 @@ def test_answers_that_are_no_numbers(
     ("words", "reason"),
     [
         (["empty"], "no images in"),
-        ([""], "empty name"),
+        ([""], "name of a photo is empty"),
         (["photos", "--json", "none/a.json"], "none/a.json"),
         (["photos", "--csv", "photos"], "it is not a file"),
         (["photos", "--json", "a", "--csv", "a"], "need different files"),

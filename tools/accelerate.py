@@ -5,7 +5,8 @@
 In its blocks, patches that tell little or resemble a more important one are merged with those most similar
 to them (--scorer distinct_few --reducer merge_length, as in main_dynamic_vit.py). Then the model learns to
 answer as it did before, from its own dense answers. A fifth of the images is never trained on: fast/report.html
-shows how much the answers to these have changed. To use the model: dynamicvit.from_pretrained("fast"). The same in Python:
+shows how much the answers to these have changed. To use the model: dynamicvit.from_pretrained("fast").
+The same in Python:
 
     model, report = dynamicvit.accelerate(vit, "photos", speedup=1.5)
 """
