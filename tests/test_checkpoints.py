@@ -251,7 +251,7 @@ def test_dynamic_weights_do_not_make_a_dense_model() -> None:
 
 
 class Payload:
-    """Unpickled by a careless reader, it makes a folder; it could as well do anything else."""
+    """Unpickled by a careless reader, it makes a folder; it could do anything else as well."""
 
     def __init__(self, marker: Path, function: Callable) -> None:
         self.marker = marker
@@ -299,7 +299,7 @@ def test_damaged_files(name: str, content: str, tmp_path: Path) -> None:
     damaged = {
         "empty": b"",
         "text": b"hello world\n",
-        "opcode": b".",  # to a reader of pickles this is a whole program, that returns what was never there
+        "opcode": b".",  # a reader of pickles sees a complete program, which returns what was never there
         "web_page": b"<html><body>404 Not Found</body></html>",
         "truncated": whole[:-100],
         "half_truncated": whole[: len(whole) // 2],

@@ -128,7 +128,7 @@ def test_the_last_block_computes_what_is_read(place: str) -> None:
     model = fast(place)
     expected = model(IMAGES)
     lean = count_gflops(model, 64)
-    whole = model.blocks[3].register_forward_hook(lambda *_: None)  # somebody looks at all of its tokens
+    whole = model.blocks[3].register_forward_hook(lambda *_: None)  # a user's hook reads all of its tokens
     torch.testing.assert_close(model(IMAGES), expected, rtol=1e-5, atol=1e-5)
     mlp = 8 * 32 * 32 / 1e9
     assert count_gflops(model, 64) - lean == pytest.approx(8 * mlp, rel=1e-6)

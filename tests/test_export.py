@@ -117,7 +117,7 @@ def test_what_is_no_model_to_start_from(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_photo_that_cannot_be_read(saved: Path, image_folder: Path, capsys: pytest.CaptureFixture) -> None:
-    """The others are answered, and the exit status tells."""
+    """The others are answered, and the exit status shows it."""
     photos = [str(image_folder / "val" / "cats" / "0.jpg"), str(image_folder / "none.jpg")]
     assert exit_status(lambda: predict.command([str(saved), *photos])) == 2
     captured = capsys.readouterr()
@@ -145,7 +145,7 @@ def test_a_wrong_file_is_found_out() -> None:
 
 
 def test_images_that_rounding_decides_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where PyTorch's own output jumps when pixels hardly change, another runtime's may be the other one."""
+    """Where PyTorch's own output jumps when pixels hardly change, another runtime may give either output."""
     images = torch.randn(64, 3, 32, 32)
     model = torch.nn.Flatten()
     model.spec = build().spec

@@ -88,7 +88,7 @@ def images() -> Tensor:
 
 
 def tensors(output) -> dict[str, Tensor]:
-    """All that a model has answered, by name."""
+    """All outputs of a model, by name."""
     flat = {}
     for name, value in output.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -152,7 +152,7 @@ def known_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_a_merged_token_counts_as_often_as_the_patches_in_it(implementation: str, images: Tensor) -> None:
-    """Groups of three, four and one equal patches, merged, tell the class token what they tell it apart."""
+    """Groups of three, four and one equal patches, merged, tell the class token what they tell it unmerged."""
     dense = vit()
     dense.set_attn_implementation(implementation)
     dense.vit.embeddings.position_embeddings.zero_()
@@ -312,7 +312,7 @@ def test_nothing_is_left_of_a_pass(images: Tensor) -> None:
 
 @torch.no_grad()
 def test_inner_model_and_other_attention(images: Tensor) -> None:
-    """The tower called by itself gives all patches; attention that is chosen later keeps the bias."""
+    """The tower called by itself gives all patches; an attention function that is chosen later keeps the bias."""
     model = make_dynamic(vit(), STAGES, HALF, "distinct", "merge")
     assert model.vit(images).last_hidden_state.shape == (2, 17, 32)
     before = model(images).logits

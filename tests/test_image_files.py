@@ -1,4 +1,4 @@
-"""Photos as cameras, phones and programs write them: what is read, turned, scaled, told and refused."""
+"""Photos as cameras, phones and programs write them: what is read, turned, scaled, reported and refused."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_photos_are_turned_upright(tmp_path: Path, extension: str, orientation: 
 
 
 def test_who_takes_no_notice_of_exif(tmp_path: Path) -> None:
-    """Training and evaluation of a data set, as ImageFolder, unless it is asked for; the rest turns photos."""
+    """Training and evaluation on a data set, like ImageFolder, unless asked to; everything else turns photos."""
     for part in ("train", "val"):
         (tmp_path / part / "a").mkdir(parents=True)
         save_turned(tmp_path / part / "a" / "phone.jpg", 6)
