@@ -120,7 +120,7 @@ def for_the_user(error: Exception) -> Exception | None:
 
 
 def print_error(error: Exception) -> None:
-    """Prints one line on stderr; only one process does where several meet the same error."""
+    """Prints one line on stderr; if several processes meet the same error, only one of them prints it."""
     message = str(error) or type(error).__name__
     if "Original Traceback" in message:  # of a loader process, whose own error comes after it
         message = message.splitlines()[-1].removeprefix("dynamicvit.errors.ImageError: ")

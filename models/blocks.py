@@ -69,7 +69,7 @@ def choose_attention(vit: nn.Module, images: Tensor) -> None:
     pooling = [vit.attn_pool] if vit.global_pool == "map" else []
     for attention in [*chain.from_iterable(attentions(block) for block in vit.blocks), *pooling]:
         if not hasattr(attention, "fused_attn"):
-            continue  # somebody's own
+            continue  # a user's own module
         # Compiled code must not read what it is about to write, or it would be compiled again for the next call.
         if not torch.compiler.is_compiling() and attention.fused_attn != getattr(attention, "fused_as_set", None):
             attention.may_fuse = attention.fused_attn  # not set here: by timm, or by the user
@@ -125,7 +125,7 @@ def observe(block: nn.Module) -> None:
 
 
 def has_hooks(block: nn.Module) -> bool:
-    """Whether somebody else's hooks wait for the block to be called as a whole."""
+    """Whether other hooks than ours wait for the block to be called as a whole."""
     return bool(block._forward_hooks) or any(hook is not forget_observed for hook in block._forward_pre_hooks.values())
 
 

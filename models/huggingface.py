@@ -214,7 +214,7 @@ class Pass:
             states = [None if state is None else ours for state, ours in zip(found[1:], self.states, strict=True)]
             if found[-1] is output.get("last_hidden_state"):  # the normed one
                 states[-1] = found[-1]
-            output["hidden_states"], self.states = (found[0], *states), []  # whoever calls hands these on
+            output["hidden_states"], self.states = (found[0], *states), []  # the caller passes these on
 
     def observe(self, number: int, queries: Tensor, keys: Tensor, scale: float) -> None:
         model = self.model
@@ -246,7 +246,7 @@ _passes = Passes()
 
 
 def before_layer(number: int, _layer: nn.Module, args: tuple) -> tuple | None:
-    if _passes.current is None:  # somebody calls a layer alone
+    if _passes.current is None:  # a layer is called by itself
         return None
     _passes.layer = number
     return (_passes.current.enter(number, args[0]), *args[1:])
@@ -635,7 +635,7 @@ def is_saved_by_transformers(folder: str | Path) -> bool:
 
 
 def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None, notes: Mapping[str, Any]) -> None:
-    """By the model's own method, and beside it how images are prepared. notes: how it was made, kept in its config.
+    """Saves by the model's own method, with a file on how images are prepared. notes: how it was made, for its config.
     Raises CheckpointError."""
     if class_names is not None:
         if len(class_names) != model.config.num_labels:

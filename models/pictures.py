@@ -59,7 +59,7 @@ def share_scores(scores: Tensor, groups: Tensor) -> Tensor:
 
 
 def stage_lines(model: nn.Module, trace: Trace) -> list[str]:
-    """What a caption says of the model's stages, in short lines."""
+    """What a caption says about the model's stages, in short lines."""
     counts = [trace.groups.shape[2], *(kept.shape[1] for kept in trace.kept)]
     blocks = ", ".join(map(str, model.pruning_loc))
     what = "locations" if has_fast_path(model) else "tokens"

@@ -425,7 +425,7 @@ def fit_pos_embed(model: nn.Module, weights: StateDict, described: tuple[int, in
     if grid is None or math.prod(grid) != num_patches:
         grid = wanted if num_patches == math.prod(wanted) else (math.isqrt(max(0, num_patches)),) * 2
         if math.prod(grid) != num_patches or num_patches == 0:
-            return []  # it does not fit: whoever compares shapes will say so
+            return []  # it does not fit, as the comparison of shapes will report
         if doubt := doubt_of(source[0, num_prefix:], grid):
             notes.append(f"position embeddings of {num_patches} patches taken as {text_of(grid)}{doubt}")
     if grid != wanted:

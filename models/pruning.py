@@ -97,7 +97,7 @@ class Forward:
     """One pass through the blocks: what it has to return, and its state so far."""
 
     stages: list[Stage]
-    head_alone: bool  # nobody reads a patch token after the last attention
+    head_alone: bool  # no patch token is read after the last attention
     restorer: Restorer | None = None
     wanted: frozenset[int] = frozenset()  # blocks whose tokens are wanted, restored
     taken: list[Tensor] | None = None

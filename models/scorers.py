@@ -22,7 +22,7 @@ class Attention(NamedTuple):
     queries: Tensor  # (B, H, P+N, D)
     keys: Tensor  # (B, H or fewer, P+N, D)
     scale: float
-    rotate: Callable[[Tensor], Tensor]  # queries or keys as they meet each other: turned where there is RoPE
+    rotate: Callable[[Tensor], Tensor]  # queries or keys as they are multiplied: rotated where there is RoPE
 
 
 @dataclass

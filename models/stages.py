@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .families import Family
 
 MAX_STAGES = 12  # in a deep model they are spread
-FEWEST_TOKENS = 0.03  # share of the patches that is kept in any case
+FEWEST_TOKENS = 0.03  # share of the patches that is always kept
 LOWEST_RATE = 0.5  # the smallest share of its tokens that a stage may keep
 BISECTIONS = 16
 

@@ -8,7 +8,7 @@ from dynamicvit.errors import UserError
 
 
 class SaveClock:
-    """Tells when a checkpoint is due: every so many steps, or minutes ("15m"); "0": never."""
+    """Tells when a checkpoint is due: every 500 steps ("500") or 15 minutes ("15m"), for instance; "0": never."""
 
     def __init__(self, frequency: str) -> None:
         """Raises UserError for anything else."""

@@ -19,7 +19,7 @@ NUM_PICTURES, NUM_HISTOGRAM_IMAGES = 4, 32  # validation images, the same ones e
 
 
 class Output:
-    """Written by rank 0 only; by nobody where there is no --output-dir."""
+    """Written by rank 0 only; not written without an --output-dir."""
 
     def __init__(self, output_dir: str, progress: Progress, val_set: AugmentedDataset) -> None:
         self.folder = Path(output_dir)
@@ -41,7 +41,7 @@ class Output:
             self.checkpoints.save(state, names)
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
-        """A line of JSON an epoch; whole at any moment, and written anew each time, so that a run killed in
+        """A line of JSON per epoch; whole at any moment, and written anew each time, so that a run killed in
         between leaves no line twice."""
         write_whole(self.folder / "log.txt", "".join(json.dumps(record) + "\n" for record in history))
 

@@ -124,7 +124,7 @@ class Run:
             self.output.close()
 
     def train_epoch(self, eta: Eta) -> tuple[Record, float]:
-        """Returns what log.txt says of the epoch's training, and the pace in images/s."""
+        """Returns what log.txt says about the epoch's training, and the pace in images/s."""
         epoch, steps = self.progress.epoch, range(self.first_step, self.options.steps_per_epoch)
         step_images = self.train_loader.batch_size * self.trainer.update_freq
         self.train_loader.sampler.set_epoch(epoch, start=steps.start * step_images)
@@ -159,7 +159,7 @@ class Run:
         raise Stopped(f"{self.stop.name or 'a signal'} received: {outcome}")
 
     def validate(self) -> Record:
-        """Returns what log.txt says of it, for the weights and for their moving average."""
+        """Returns what log.txt says about it, for the weights and for their moving average."""
         record = {}
         for name, weights in (("val", self.model), ("val_ema", self.trainer.ema and self.trainer.ema.module)):
             if weights is not None:

@@ -10,7 +10,7 @@ Row = Mapping[str, Value]
 class Column(NamedTuple):
     heading: str
     form: str = ""  # of a number, as in f"{value:{form}}"
-    width: int = 0  # on a terminal, at least; the heading fits in any case
+    width: int = 0  # on a terminal, at least; the heading always fits
 
 
 class Table:

@@ -91,7 +91,7 @@ def make_models(settings: Settings, input_size: int, base_rate: float) -> dict[s
     dense = build_model(published.as_dense())
     models = {DENSE: dense}
     if settings.device == "cuda" and settings.amp != "off" and not settings.train:
-        # dynamic models have it in any case; see models.patches
+        # dynamic models always have it; see models.patches
         models[DENSE_BY_PRODUCT] = dense_twin(dense)
         project_by_product(models[DENSE_BY_PRODUCT])
     models[DYNAMIC] = twin(dense, published)
@@ -107,7 +107,7 @@ def make_models(settings: Settings, input_size: int, base_rate: float) -> dict[s
 
 
 def merged_spec(published: ModelSpec, dense: nn.Module, gflops: float, place: str | None) -> ModelSpec:
-    """What make_dynamic(speedup=) takes, at so many GFLOPs."""
+    """What make_dynamic(speedup=) takes, at this many GFLOPs."""
     place = place or (FOR_SPEED.place if can_split(dense, family_of(dense)) else "before")
     speedup = count_gflops(dense, dense.spec.img_size) / gflops
     stages = spread(len(dense.blocks), speedup, place)

@@ -186,7 +186,7 @@ def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> tuple[Stat
 
 
 def assumed(dense: nn.Module, own: Own) -> list[str]:
-    """How images are prepared, as a note, where nobody has said it."""
+    """How images are prepared, as a note, if that is only assumed."""
     unsaid = isinstance(dense, PreTrainedVisionModel) and said_preprocessing(dense) is None
     if (own.weights is None and not unsaid) or None not in (own.mean, own.std, own.crop_pct):
         return []

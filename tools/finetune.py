@@ -137,7 +137,7 @@ class FineTuning:
     def train(
         self, folder: Path | None, schedule: Schedule, gflops: dict[str, float], stop: StopSignal | NoSignal
     ) -> Outcome:
-        """Trains in the folder, or goes on with what was begun there; None: nothing is saved on the way.
+        """Trains in the folder, or resumes what was begun there; None: nothing is saved on the way.
 
         At the end the model has the last epoch's weights: the learning rate has come down to 0, which is a better
         reason than a few images, on which an earlier epoch may look better by chance. After a signal it has the best

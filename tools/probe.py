@@ -16,7 +16,7 @@ from dynamicvit.utils import log
 from torch import Tensor, nn
 
 DENSE = "dense"
-PIXELS_OF_A_FRAME = 8192  # that the head's loss is computed on, drawn anew each time
+PIXELS_OF_A_FRAME = 8192  # that the head's loss is computed on, new ones each time
 LEARNING_RATE, WEIGHT_DECAY, FRAMES_OF_A_STEP = 1e-2, 1e-4, 8
 PERCENT = 100
 SECONDS_OF_TIMING = 120.0

@@ -36,7 +36,7 @@ class Rival:
     reducer: Reducer
 
     def keep_rates(self, num_patches: int) -> tuple[float, ...]:
-        """By which a dynamic model keeps exactly so many."""
+        """Keep rates by which a dynamic model keeps exactly these counts."""
         return tuple(min(1.0, (count + 0.5) / num_patches) for count in self.counts)
 
 

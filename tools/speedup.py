@@ -180,7 +180,7 @@ class Layout:
         return at_limit or (self.meets(speedup) and self.speedup <= (1 + CLOSE_ENOUGH) * speedup)
 
     def aim(self, speedup: float) -> None:
-        """Sets the cost that should take the time wished for, on the line through the last two measurements."""
+        """Sets the cost that should take the time asked for, on the line through the last two measurements."""
         (cost, time), slope = self.seen[-1], 1.0
         if len(self.seen) > 1 and abs(cost - self.seen[-2][0]) > TOLERANCE:
             slope = (time - self.seen[-2][1]) / (cost - self.seen[-2][0])

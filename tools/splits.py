@@ -54,7 +54,7 @@ class PhotoFiles(ImageFiles):
     def __init__(
         self, samples: Iterable[tuple[str, int]], classes: Sequence[str], root: Path, short_side: int | None = None
     ) -> None:
-        """short_side: pixels that height and width must have in any case; None: decode all of them."""
+        """short_side: pixels that height and width must at least have; None: decode all of them."""
         super().__init__(samples, classes, root)
         self.short_side = short_side
 
@@ -66,7 +66,7 @@ class PhotoFiles(ImageFiles):
         return PhotoFiles(islice(self.samples(), count), self.classes, self.root)
 
     def repeated(self, times: int) -> "PhotoFiles":
-        """Each image so many times."""
+        """Each image this many times."""
         return PhotoFiles([*self.samples()] * times, self.classes, self.root, self.short_side)
 
 

@@ -76,7 +76,7 @@ VARIED = ("dense", "base_rate", "keep_rates", "scorer", "reducer")  # flags of a
 
 
 class Level(NamedTuple):
-    """How far tokens are reduced: by a base rate, or to so many GFLOPs."""
+    """How far tokens are reduced: by a base rate, or to a cost in GFLOPs."""
 
     base_rate: float | None
     gflops: float | None = None
@@ -186,7 +186,7 @@ def levels_of(model: nn.Module, base_rates: Sequence[float], gflops: Sequence[fl
                 raise UserError(f"--base-rates {level.base_rate}: {error}") from error
         return levels
     if not isinstance(model, TokenPruning):
-        raise UserError(f"--gflops is for plain transformers, and {model.spec.arch} is none: use --base-rates")
+        raise UserError(f"--gflops is for plain transformers, not for {model.spec.arch}: use --base-rates")
     dense = dense_gflops(model)
     for wish in gflops:
         if wish >= dense:
