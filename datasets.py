@@ -31,11 +31,11 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
 DATA_SETS = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "SHAPES")
-# Images of these are small; they are trained on at their own size where the model's input size is the same.
+# These have small images, which are used at their own size if that is the model's input size.
 NATIVE_SIZE = {"CIFAR": (32, 32), "CIFAR10": (32, 32)}
-PARTS = ("train", "val", "test")  # folders of a data set, which are no classes
+PARTS = ("train", "val", "test")  # folders of a data set that are not classes
 IGNORED_LABEL = -100  # of an image that does not count, or has no label; torch's own default for this
-MAX_BAD_IMAGES = 100  # in a row; more of them look like a disk that is gone
+MAX_BAD_IMAGES = 100  # in a row; more of them suggest that the disk is gone
 IMAGENET_CLASSES = 1000
 NUM_SIZES = 1000  # files whose sizes are part of the fingerprint: asking for a million takes minutes
 WORKERS_PER_CORE = 16
@@ -80,7 +80,7 @@ class DataOptions:
 class Augmentation:
     """How training images are varied; the defaults are DeiT's. Raises UserError where a value makes no sense."""
 
-    color_jitter: float = setting(0.4, "where --aa is none", NOT_NEGATIVE, group="augmentation")
+    color_jitter: float = setting(0.4, "strength, used only if --aa is none", NOT_NEGATIVE, group="augmentation")
     aa: str = setting("rand-m9-mstd0.5-inc1", "timm's auto-augment policy, or none", group="augmentation", read=str)
     train_interpolation: str = setting(
         "bicubic", "how crops are resized", group="augmentation", choices=("random", "bilinear", "bicubic")
@@ -90,7 +90,7 @@ class Augmentation:
         "pixel", "what erased pixels become", group="augmentation", choices=("const", "rand", "pixel")
     )
     scale: tuple[float, float] = setting(
-        (0.08, 1.0), "smallest and largest share of an image that is cut out", SHARE, group="augmentation"
+        (0.08, 1.0), "smallest and largest share of an image that a random crop takes", SHARE, group="augmentation"
     )
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class AugmentedDataset(Dataset):
     def read(self, index: int) -> tuple[Image.Image, int]:
         if not self.skip_bad:
             return self.source[index]
-        index = range(len(self))[index]  # IndexError where it must be
+        index = range(len(self))[index]  # raises IndexError for an index that is out of range
         for candidate in islice(chain(range(index, len(self)), range(index)), MAX_BAD_IMAGES):
             try:
                 image, label = self.source[candidate]
@@ -151,15 +151,15 @@ class AugmentedDataset(Dataset):
         raise ImageError(f"neither {self.source.path(index)} nor the images after it can be read")
 
     def bad_images(self) -> list[str]:
-        """Paths of those that any process has met so far. Collective: all processes must call it."""
+        """Paths of the bad images that any process has met so far. Collective: all processes must call it."""
         if not self.skip_bad:
             return []
         return [self.source.path(i) for i in max_over_processes(self.is_bad).nonzero().flatten().tolist()]
 
 
 def seed_cpu(seed: int) -> None:
-    """Draws as utils.set_seed gives them on the CPU. It leaves GPUs alone: to seed them takes longer
-    (0.1 ms, even where there are none) than all the random numbers of an image, and no transform uses them."""
+    """Seeds the CPU's generators as utils.set_seed does. It leaves GPUs alone: seeding them takes longer
+    (0.1 ms, even where there are none) than drawing all of an image's random numbers, and no transform uses them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
@@ -181,7 +181,9 @@ def find_source(train: bool, options: DataOptions, size: Size, labelled: bool) -
     if options.data_set == "SHAPES":
         return draw_shapes(train, size)
     if not options.data_path:
-        raise UserError("--data-path is missing: the data set's folder (or try --data-set SHAPES, which needs none)")
+        raise UserError(
+            "--data-path is missing; give the data set's folder (or try --data-set SHAPES, which needs none)"
+        )
     root = Path(options.data_path)
     if not root.is_dir():
         raise UserError(f"no data folder {root}; set --data-path (or try --data-set SHAPES, which needs none)")
@@ -202,7 +204,7 @@ def classes_fit(spec: ModelSpec, classes: Sequence[str]) -> bool:
 
 
 def class_names(spec: ModelSpec, classes: Sequence[str] = ()) -> list[str]:
-    """A model's own names of its classes, ImageNet's for 1000, the data's if they are as many, or numbers.
+    """The model's own class names; without them ImageNet's if it has 1000, the data's if as many, or else numbers.
 
     ImageNet's WordNet ids are replaced by what they mean.
     """
@@ -270,17 +272,20 @@ def read_folder(
 ) -> ImageFiles:
     """The images below a folder, labelled by the class folders that they lie in.
 
-    Labels are ranks in classes (by default: of the folders found). Folders that are all WordNet ids
-    of ImageNet-1k take their ImageNet indices, though some may be missing, unless num_classes asks
+    A label is the position in classes (by default: of the folders found). If all folders are WordNet ids
+    of ImageNet-1k, labels are ImageNet's, even if some folders are missing, unless num_classes asks
     for a model of another size. labelled: as in build_source; if False, a folder without class
     folders, or with images beside them, has no labels. root, upright: see ImageFiles.
-    Files of other kinds are counted in one line.
+    Files of other kinds are reported in one line.
     """
     beside, _, others = scan(folder)
     found = class_folders(folder)
     if not labelled and (beside or not found):
         if found:
-            log(f"warning: {folder} holds images beside its folders, so these are no classes, and no image has a label")
+            log(
+                f"warning: {folder} holds images next to its folders, so these are not taken as classes "
+                "and no image has a label"
+            )
         return ImageFiles(((path, IGNORED_LABEL) for path in list_images(folder)), (), root or folder, upright)
     if not found:
         raise UserError(
@@ -336,9 +341,9 @@ def read_listing(file: Path) -> Listing:
 
 
 def entries(content: Any, file: Path, **kinds: type) -> list[tuple]:
-    """The fields of these names, each of its type, of the entries in a list. UserError if content is anything else."""
+    """These fields, each of its type, from every entry of a list. UserError if content is anything else."""
     wanted = ", ".join(f"{name}: {kind.__name__}" for name, kind in kinds.items())
-    wrong = f"{file} is not iNaturalist's: it needs a list of entries with {wanted}; got "
+    wrong = f"{file} is not an iNaturalist file: it needs a list of entries with {wanted}; got "
     if not isinstance(content, list):
         raise UserError(wrong + shown(content))
     found = []
@@ -364,7 +369,7 @@ def inaturalist_samples(root: Path, listing: Listing, labels: dict[int, int]) ->
             inside = False
         if not inside:
             raise UserError(
-                f"{listing.file} names an image whose path is impossible or leads out of this folder: {shown(name)}"
+                f"{listing.file} names an image whose path is invalid or leads out of this folder: {shown(name)}"
             )
         yield str(path), label
 
@@ -501,17 +506,17 @@ def build_val_loader(
 
 def check_num_workers(num_workers: int) -> None:
     """Raises UserError for more loader processes than can be of any use, as each takes memory and time to start; and
-    for more than there may be open files for: torch waits for ever for images that no file was left to send."""
+    for more than the limit on open files allows, beyond which torch would wait for ever for images."""
     cores = os.cpu_count() or 1
     if not 0 <= num_workers <= WORKERS_PER_CORE * cores:
         raise UserError(
             f"--num-workers must be from 0 to {WORKERS_PER_CORE * cores} ({WORKERS_PER_CORE} for each of the {cores} "
-            f"cores here, more only take memory), got {num_workers}"
+            f"cores here; more would only take memory), got {num_workers}"
         )
     needed = FILES_OPEN + FILES_PER_WORKER * num_workers
     if num_workers and (allowed := open_files_allowed()) < needed:
         raise UserError(
-            f"{num_workers} loader processes need {needed} open files, and {allowed} are allowed: allow more "
+            f"{num_workers} loader processes need {needed} open files, but only {allowed} are allowed; raise the limit "
             f"(ulimit -n {needed}), or lower --num-workers (0 needs none)"
         )
 

@@ -34,8 +34,8 @@ def train_one_epoch(
     """Returns the means of the loss and its parts, and the pace in images/s, over all processes.
 
     loader: batches of (B, 3, H, W) uint8 images and (B,) labels, of which update_freq make a step.
-    steps: the ones to do, from 0 unless the epoch was begun before; sums are then those of its
-    beginning. after_step gets the number of the epoch's steps that are done.
+    steps: those to do, from 0 unless the epoch is resumed; sums are then those of its first part.
+    after_step gets the number of the epoch's steps that are done.
     """
     trainer.model.train()
     started, images_seen, pace = time.monotonic(), 0, 0.0
@@ -109,7 +109,7 @@ def update_weights(trainer: Trainer, statistics: Sequence[tuple[Tensor, Tensor]]
 
 
 class Diverged(Exception):
-    """Training goes nowhere any more."""
+    """Training cannot recover."""
 
 
 def stop_if_diverged(trainer: Trainer) -> None:
@@ -118,10 +118,12 @@ def stop_if_diverged(trainer: Trainer) -> None:
 
 
 class NotFinite(UserError):
-    """Answers that no figure can be made of."""
+    """Outputs from which no figure can be computed."""
 
     def __init__(self, finding: str) -> None:
-        super().__init__(f"{finding}: its weights are damaged, or float16 is not enough for them (--amp off, or bf16)")
+        super().__init__(
+            f"{finding}: its weights are damaged, or float16 is too narrow for them (try --amp off or bf16)"
+        )
         self.finding = finding
 
 
@@ -188,7 +190,7 @@ def batch_sums(logits: Tensor, labels: Tensor, dense_logits: Tensor | None) -> T
 
 
 def feature_sums(features: Tensor, labels: Tensor, dense_features: Tensor) -> Tensor:
-    """As batch_sums, of (B, T, C) features, which have only these in common with logits."""
+    """As batch_sums, for (B, T, C) features; only these sums make sense for both features and logits."""
     sums = {"images": torch.tensor(len(features), device=features.device)}
     sums["not_finite"], sums["dense_not_finite"] = count_not_finite(features), count_not_finite(dense_features)
     sums["cosine"] = (1 - cosine_distance(features, dense_features)).mean(dim=1).sum()
@@ -204,12 +206,12 @@ def count_not_finite(outputs: Tensor) -> Tensor:
 def means_over_images(sums: dict[str, float], with_dense: bool, embeddings: bool) -> dict[str, float]:
     labelled, images = sums["labelled"], sums["images"]
     if images == 0:
-        raise UserError("there is no image to validate on")
+        raise UserError("there are no images to validate on")
     for whose, name in (("the model's", "not_finite"), ("the dense model's", "dense_not_finite")):
         if sums[name] > 0:
             raise NotFinite(f"{whose} answers to {sums[name]:.0f} of {images:.0f} images are not finite numbers")
     if not with_dense and (labelled == 0 or embeddings):
-        why = "the model gives embeddings" if embeddings else "no image to validate on has a label"
+        why = "the model gives embeddings" if embeddings else "no validation image has a label"
         raise UserError(f"{why}: to compare with the dense model, add --pretrained FILE")
     stats = {}
     if labelled > 0 and not embeddings:
@@ -227,13 +229,13 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, whatever it is trained by."""
+    """The model itself, without the wrappers that it is trained in."""
     model = model.module if isinstance(model, DistributedDataParallel) else model
     return model.model if isinstance(model, FeatureExtractor) else model
 
 
 class RunningMeans:
-    """Means and totals of named scalars; kept on the device, so that no step waits for its numbers.
+    """Means and totals of named scalars, kept on the device so that no step has to wait for them.
 
     Values that are not finite are left out, as their steps are skipped.
     """
@@ -252,7 +254,7 @@ class RunningMeans:
         self.entries[name] = torch.stack([total, torch.ones_like(total)])
 
     def __str__(self) -> str:
-        """For the screen: without a part that is all of the loss, and without a count of nothing."""
+        """For the screen: leaves out a part that is the whole loss, and counts that are 0."""
         means = {name: (total / count).item() for name, (total, count) in self.entries.items()}
         hidden = {name for name, value in means.items() if name != "loss" and value == means.get("loss")}
         if means.get("skipped_steps") == 0:
@@ -272,6 +274,6 @@ class RunningMeans:
         }
 
     def means(self) -> dict[str, float]:
-        """Over all processes; totals, which are the same in all of them, as they are."""
+        """Means over all processes; totals, which are the same in all of them, are returned as they are."""
         totals, counts = sum_over_processes(torch.stack([*self.entries.values()]).double()).unbind(dim=1)
         return dict(zip(self.entries, (totals / counts).tolist(), strict=True))

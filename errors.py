@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 class LocalError(UserError):
-    """One that only the process that met it knows of."""
+    """An error that only one process knows of."""
 
 
 class ImageError(LocalError):
@@ -35,7 +35,7 @@ class ImageError(LocalError):
 
 @contextmanager
 def advice(text: str) -> Iterator[None]:
-    """Adds a command's own advice to what the library says of weights, as that knows no flags."""
+    """Adds a command's own advice to the library's errors about weights, as the library knows no flags."""
     try:
         yield
     except CheckpointError as error:
@@ -43,10 +43,10 @@ def advice(text: str) -> Iterator[None]:
 
 
 def exit_status(command: Callable[[], None]) -> int:
-    """Runs it, with what users can fix said in one line. Returns the program's exit status.
+    """Runs a command, showing errors that users can fix as one line. Returns the program's exit status.
 
-    0: done, or stopped by a scheduler's notice with all saved. 2: the user's error. What another signal has stopped
-    ends by that signal after its line, so that a shell's loop or `&&` stops, too.
+    0: done, or stopped by a scheduler's notice with all saved. 2: the user's error. A command stopped by another
+    signal prints its line and then dies of that signal, so that a shell's loop or `&&` stops, too.
     """
     print_anywhere()
     is_command = raise_on_interrupt()
@@ -57,7 +57,7 @@ def exit_status(command: Callable[[], None]) -> int:
             command()
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a pipe that nobody reads is no traceback
+                sys.stdout.flush()  # here, so that a pipe that nobody reads gives no traceback
         return 0
     except Stopped as stopped:
         ignore_stop_signals()
@@ -71,7 +71,7 @@ def exit_status(command: Callable[[], None]) -> int:
         die_of("SIGPIPE")
     except (Exception, KeyboardInterrupt) as error:
         die_of_stop_signals()
-        end_loader_processes()  # before their loaders are taken apart, of which they would complain
+        end_loader_processes()  # before their loaders are destroyed, which would complain
         if isinstance(error, KeyboardInterrupt):
             say_and_die()
         known = for_the_user(error)
@@ -82,19 +82,19 @@ def exit_status(command: Callable[[], None]) -> int:
     finally:
         end_loader_processes()
         if is_command:
-            die_of_stop_signals()  # what is left is Python's own end, which would show a traceback
+            die_of_stop_signals()  # only Python's own shutdown is left, where Ctrl-C would show a traceback
 
 
 def print_anywhere() -> None:
-    """Lets every name be printed on every terminal: what it has no letter for, as an escape."""
+    """Lets every name be printed on every terminal: characters that it lacks become escapes."""
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
 def without_noise(raised: "sys.UnraisableHookArgs") -> None:
-    """For what is raised where nothing can catch it: Ctrl-C ends the program there, too, and a loader that is taken
-    apart after its processes are gone is no news."""
+    """Handles what is raised where nothing can catch it: Ctrl-C ends the program there, too, and complaints of a
+    loader that is destroyed after its processes are ignored."""
     if isinstance(raised.exc_value, KeyboardInterrupt):
         say_and_die()
     if "DataLoader" not in getattr(raised.object, "__qualname__", ""):
@@ -102,7 +102,7 @@ def without_noise(raised: "sys.UnraisableHookArgs") -> None:
 
 
 def for_the_user(error: Exception) -> Exception | None:
-    """The error whose message tells what to do; None for one that is a fault of the program."""
+    """The error to show, whose message says what to do; None for a bug in the program."""
     worker_died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
     if worker_died or isinstance(error, ConnectionResetError):  # while an image was fetched from it
         return LocalError(f"a loader process died, most likely because memory ran out ({error}); lower --num-workers")
@@ -113,14 +113,14 @@ def for_the_user(error: Exception) -> Exception | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
         return LocalError("out of memory; lower --batch-size or --num-workers, or end other programs")
     if isinstance(error, RuntimeError) and "Too many open files" in str(error):
-        return LocalError("too many open files; allow more (ulimit -n 4096), or lower --num-workers")
+        return LocalError("too many open files; raise the limit (ulimit -n 4096), or lower --num-workers")
     if dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         return LocalError("another process is gone; its own message says why")
     return None
 
 
 def print_error(error: Exception) -> None:
-    """One line on stderr; from one process only, where several meet the same error."""
+    """Prints one line on stderr; if several processes meet the same error, only one of them prints it."""
     message = str(error) or type(error).__name__
     if "Original Traceback" in message:  # of a loader process, whose own error comes after it
         message = message.splitlines()[-1].removeprefix("dynamicvit.errors.ImageError: ")

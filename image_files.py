@@ -83,8 +83,8 @@ def open_image(path: str | Path, upright: bool = True, short_side: int | None = 
     upright: turned as its EXIF orientation asks for, which is how every viewer shows it. torchvision's ImageFolder,
     and so published training and evaluation, takes no notice of it.
     short_side: pixels that are enough for height and width; a JPEG that has several times as many is decoded at
-    an eighth, a quarter or half of its size, which takes a fraction of the time. None: as it is.
-    Raises an ImageError that names the file if it cannot be read, or only with pixels that are not what they were.
+    an eighth, a quarter or half of its size, which takes a fraction of the time. None: at full size.
+    Raises an ImageError that names the file if it cannot be read, or only with wrong pixel values.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would be waited for without end
@@ -111,13 +111,13 @@ def open_image(path: str | Path, upright: bool = True, short_side: int | None = 
 def check_size(path: str | Path, width: int, height: int) -> None:
     """Raises ValueError for a strip. Says so where an image is large enough to be slow."""
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"{width} x {height} pixels is a strip, of which a model would see next to nothing")
+        raise ValueError(f"{width} x {height} pixels is so narrow a strip that a model would see next to nothing")
     if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
         warn_of_large_images(str(path), width * height)
 
 
 def warn_of_large_images(path: str, pixels: int) -> None:
-    """Once a process, as who has one such photo often has many."""
+    """Once per process, as someone with one such photo often has many."""
     if not warned:
         warned.append(path)
         warn(f"{path} has {pixels / 1e6:.0f} million pixels: such photos take much time and memory")
@@ -132,18 +132,18 @@ def turn_upright(image: Image.Image) -> Image.Transpose | None:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scales 16 bits, and floats from 0 to 1, which Pillow would cut off at 255. Raises ValueError where it is
-    not known which number is white."""
+    """Scales 16 bits, and floats from 0 to 1, which Pillow would cut off at 255. Raises ValueError where the value
+    of white is unknown."""
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # true of NaN, too
-            raise ValueError("floats outside 0 to 1, so that white is not known; save it with 8 or 16 bits")
+            raise ValueError("floats outside 0 to 1, so the value of white is unknown; save it with 8 or 16 bits")
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     if image.mode.startswith("I"):
         values = np.asarray(image)
         # Pillow gives 32 bits to these formats' 16.
         if image.mode == "I" and image.format not in ("PNG", "PPM"):
-            raise ValueError("32-bit integers, so that white is not known; save it with 8 or 16 bits")
+            raise ValueError("32-bit integers, so the value of white is unknown; save it with 8 or 16 bits")
         return Image.fromarray(np.rint(values / 257).astype(np.uint8))
     return image
 
@@ -153,7 +153,7 @@ def list_images(folder: str | Path, left_out: Counter[str] | None = None) -> lis
 
     Hidden files and folders (names that begin with a dot) are left out. Links are followed, but no
     folder is visited twice, so that a link to a folder above it does no harm.
-    left_out: counts files of other kinds; without it they are told in a line.
+    left_out: counts files of other kinds; without it they are reported in a line.
     """
     if left_out is None:
         left_out = Counter()
@@ -178,13 +178,13 @@ def list_images(folder: str | Path, left_out: Counter[str] | None = None) -> lis
 
 
 def kind(path: str) -> str:
-    """Of a file that is no image, for report_left_out."""
+    """The kind of a file that is not an image, for report_left_out."""
     extension = os.path.splitext(path)[1].lower()
     return "special files" if extension in EXTENSIONS else extension or "no extension"
 
 
 def report_left_out(folder: str | Path, left_out: Counter[str]) -> None:
-    """One line, if there are any, as whoever takes a photo does not know which formats are read here."""
+    """One line, if there are any, as users do not know which formats are read here."""
     if left_out:
         number = left_out.total()
         named = ", ".join(f"{name} ({count})" for name, count in left_out.most_common(KINDS_NAMED))
@@ -216,8 +216,8 @@ def scan(folder: str | Path) -> tuple[list[str], list[str], list[str]]:
     return sorted(images), sorted(subfolders), sorted(others)
 
 
-# What the entry itself knows costs nothing. Only for a link is the file system asked, by os.path, which
-# takes a link to itself for a link to nothing, where the entry would raise OSError.
+# What the entry itself knows costs nothing. Only for a link is the file system asked, through os.path, which
+# treats a link to itself as a link to nothing, where the entry would raise OSError.
 
 
 def is_folder(entry: os.DirEntry) -> bool:

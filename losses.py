@@ -36,9 +36,9 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 class FeatureLoss(nn.Module):
     """How far a faster model's features are from the dense model's, for training without labels.
 
-    teacher: a module that gives the (B, T, C) features of images; see models.features. Two parts, means over all
-    tokens, of patches and prefix: cosine, how far a token's direction is off, and size, the square of how far its
-    length is from the teacher's, as a share of this.
+    teacher: a module that gives the (B, T, C) features of images; see models.features. Two parts, both means over
+    all tokens (patches and prefix): cosine, how far a token's direction is off, and size, the squared relative
+    error of its length.
     """
 
     def __init__(self, teacher: nn.Module, size_weight: float = 0.5) -> None:
@@ -47,7 +47,7 @@ class FeatureLoss(nn.Module):
         self.size_weight = size_weight
 
     def forward(self, images: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Called as the others are: the loss, and its parts by name. Labels are not looked at."""
+        """Returns the loss and its parts by name, like the other losses. Labels are ignored."""
         features, target = features.float(), self.teacher(images).float()
         length, wanted = (torch.linalg.vector_norm(x, dim=-1) for x in (features, target))
         parts = {"cosine": cosine_distance(features, target).mean()}
@@ -63,7 +63,7 @@ class LabelLoss(nn.Module):
         self.base_criterion = base_criterion
 
     def forward(self, images: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its parts by name, called as the others are."""
+        """Returns the loss and its parts by name, like the other losses."""
         return self.base_criterion(logits.float(), labels), {}
 
 
@@ -72,7 +72,7 @@ class DiffPruningLoss(nn.Module):
 
     predict: makes the logits that labels are compared with from (logits, tokens), for backbones
     whose prediction joins both (LV-ViT's combine_heads).
-    cls_weight: of the label loss; 0 does not look at labels at all, so that there need be none.
+    cls_weight: of the label loss; 0 ignores labels, so that none are needed.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class DistillDiffPruningLoss(DiffPruningLoss):
     mse_token: compare tokens by mean squared error (DeiT: features), else by KL divergence
     (LV-ViT: auxiliary logits).
     distill_weight: of both together. token_weight: of the tokens beside the logits, 0 for none.
-    temperature: of the logits' KL divergence (Hinton et al., arXiv 1503.02531), published: 1. Above it the loss
-    tells more of the classes that the teacher thinks unlikely.
-    embeddings: the model has no classifier, and what it gives is compared by cosine, not by KL divergence.
-    combine: makes the prediction of (logits, tokens), as predict does. It is what is compared where the tokens are
-    not (token_weight 0), as a part of LV-ViT's prediction would otherwise learn nothing.
+    temperature: of the logits' KL divergence (Hinton et al., arXiv 1503.02531), published: 1. Above 1, classes that
+    the teacher thinks unlikely count for more.
+    embeddings: the model has no classifier, and its outputs are compared by cosine, not by KL divergence.
+    combine: makes the prediction from (logits, tokens), as predict does. Where tokens are not compared
+    (token_weight 0), predictions are, as a part of LV-ViT's would otherwise learn nothing.
     """
 
     def __init__(

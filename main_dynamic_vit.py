@@ -65,7 +65,7 @@ def main(flags: Flags) -> None:
 def evaluate_only(
     start: Start, model: nn.Module, teacher: Teacher | None, device: torch.device, amp_dtype: torch.dtype | None
 ) -> None:
-    """The checkpoint's weights and their moving average; or dense weights, then beside the dense model."""
+    """Evaluates a checkpoint's weights and their moving average; or dense weights, compared with the dense model."""
     loader = build_validation(start, model.spec, device)
     transform = BatchTransform(device, model.spec.preprocessing.mean, model.spec.preprocessing.std)
     dense, earlier = teacher.vit if teacher is not None else None, start.earlier
@@ -130,7 +130,7 @@ def build_validation(start: Start, spec: ModelSpec, device: torch.device) -> Dat
 
 def command(argv: Sequence[str] | None = None) -> None:
     main(parse_args(argv))
-    if dist.is_initialized():  # not after an error: it would wait for processes that know nothing of it
+    if dist.is_initialized():  # not after an error, which other processes do not know of: it would wait for them
         dist.barrier()  # gloo of torch 2.7 hangs, now and then, if its last exchange is still being tidied up
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Who learns how fast and from what: parameter groups, learning rates, label mixing, the moving average, and the
+"""What learns how fast and from what: parameter groups, learning rates, label mixing, the moving average, and the
 Trainer made of them. The values are a recipe's."""
 
 import math
@@ -65,11 +65,11 @@ def build_trainer(
 ) -> Trainer:
     """model: dense or dynamic, on the device. Compiles it and wraps it for several processes, where asked for.
 
-    features: it learns the teacher's features and nothing else, whatever the recipe says of losses.
+    features: it learns the teacher's features and nothing else, whatever the recipe says about losses.
     """
     amp_dtype, preprocessing = pick_amp(recipe.amp, device), model.spec.preprocessing
     if not model.spec.dense and not features:
-        model.set_distilled_training(True)  # what the losses need, where others want logits
+        model.set_distilled_training(True)  # the losses need all outputs, others just logits
     mixup = build_mixup(recipe, model.spec.num_classes)
     start = names_before_stages(model) if recipe.frozen_start and not model.spec.dense else frozenset()
     groups = param_groups(model, recipe.weight_decay, recipe.decay_new_biases, start)
@@ -152,7 +152,7 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def precision_name(amp_dtype: torch.dtype | None) -> str:
-    """What pick_amp has picked, for the log."""
+    """The name of what pick_amp has picked, for the log."""
     return str(amp_dtype or torch.float32).removeprefix("torch.")
 
 
@@ -247,7 +247,7 @@ def dynamic_rates(
     lr: float, min_lr: float, epoch: float, epochs: int, frozen_epochs: float, backbone_scale: float
 ) -> dict[str, float]:
     """The NeurIPS schedule, constant within an epoch: predictors by cosine; the backbone not at
-    all for the first epochs, while the predictors are no better than chance, then hardly."""
+    all for the first epochs, while the predictors are no better than chance, then slowly."""
     epoch = math.floor(epoch)
     predictor = cosine(lr, min_lr, epoch, epochs)
     backbone = 0.0 if epoch < frozen_epochs else min(backbone_scale * lr, predictor)

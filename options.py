@@ -1,5 +1,5 @@
-"""How a setting is written once: a dataclass's field says its default, its range and its help, and its flag is made
-from that. And the flags that say what the model is, which tools have, too."""
+"""Settings that are written once: a dataclass's field states the default, range and help, and the flag is made from
+that. Also the flags that describe the model, which the tools share."""
 
 import argparse
 import math
@@ -25,8 +25,8 @@ def up_to(most: Number, least: Number = 1) -> Range:
     return f"from {least:,} to {most:,}", lambda x: least <= x <= most
 
 
-# Ranges of numbers: what a message calls it, and the test. Neither infinity nor not-a-number is in any. Numbers that
-# memory or time is taken for end well beyond what can be of use, so that a typing error does not take it.
+# Ranges of numbers: the words for a message, and the test. Neither infinity nor not-a-number is in any. Numbers that
+# cost memory or time are limited well beyond what can be of use, so that a typing error does not use up either.
 POSITIVE: Range = ("positive", lambda x: x > 0)
 NOT_NEGATIVE: Range = ("0 or more", lambda x: x >= 0)
 SHARE: Range = ("from 0 to 1", lambda x: 0 <= x <= 1)
@@ -54,12 +54,12 @@ def setting(
     needs: str | None = None,
     unset: str = "none",
 ) -> Any:
-    """A dataclass's field with a flag, whose type the field's annotation says (tuple: several values).
+    """A dataclass field that has a flag; the field's annotation gives its type (tuple: several values).
 
-    allowed: the numbers in its range. choices: words, or what gives them when they are asked for. read: instead of
-    these, makes the value of a word. group: the heading in --help. excludes: by name, settings that cannot be given
-    together with this one, and why not. needs: the setting without which this one does nothing. unset: what None
-    means, where another value is a recipe's default.
+    allowed: the range of its numbers. choices: words, or a function that returns them when they are needed. read:
+    instead of these, a function that turns a word into the value. group: the heading in --help. excludes: by name,
+    settings that cannot be given together with this one, and why not. needs: the setting without which this one does
+    nothing. unset: what None means, where another value is a recipe's default.
     """
     metadata = {"help": help, "allowed": allowed, "group": group, "choices": choices, "read": read, "unset": unset}
     return field(default=default, metadata=metadata | {"excludes": excludes or {}, "needs": needs})
@@ -124,7 +124,7 @@ def readable(value: Any, f: Field) -> str:
 
 
 def text(word: str) -> str:
-    """For argparse's type=: a path or a name. An empty one comes from a variable that is not set, and would mean the
+    """For argparse's type=: a path or a name. An empty one comes from an unset shell variable, and would mean the
     current folder, or nothing."""
     if not word.strip():
         raise argparse.ArgumentTypeError("must not be empty")
@@ -153,7 +153,7 @@ def number(kind: type[Number], allowed: Range) -> Callable[[str], Number]:
 
 
 def take(kind: type[T], args: argparse.Namespace) -> T:
-    """A dataclass from the flags that bear its settings' names; its own defaults for those that were not given."""
+    """A dataclass from the flags named after its settings; its own defaults for those that were not given."""
     return kind(**given(kind, args))
 
 
@@ -164,22 +164,25 @@ def given(kind: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_settings(instance: Any) -> None:
-    """For values that came from no command line: UserError for one that its flag would refuse."""
+    """For values that did not come from a command line: UserError for one that its flag would refuse."""
     for f in settings_in(type(instance)):
         value, allowed, choices = getattr(instance, f.name), f.metadata["allowed"], f.metadata["choices"]
         for entry in value if isinstance(value, tuple) else (value,):
             if allowed and entry is not None and not (math.isfinite(entry) and allowed[1](entry)):
                 raise UserError(f"{flag_of(f.name)} must be {allowed[0]}, got {entry}")
             if choices and not callable(choices) and entry not in choices:
-                raise UserError(f"{flag_of(f.name)} is one of {', '.join(choices)}, got {entry}")
+                raise UserError(f"{flag_of(f.name)} must be one of {', '.join(choices)}, got {entry}")
 
 
 def check_needs(instance: Any, given: Collection[str]) -> None:
-    """Raises UserError for a setting that is given, by name, and does nothing, as another one is off."""
+    """Raises UserError for a given setting, by name, that does nothing because another one is off."""
     for f in settings_in(type(instance)):
         needed = f.metadata["needs"]
         if f.name in given and needed and not getattr(instance, needed):
-            raise UserError(f"{flag_of(f.name)} does nothing without {flag_of(needed)}; add this, or leave that out")
+            raise UserError(
+                f"{flag_of(f.name)} does nothing without {flag_of(needed)}; "
+                f"add {flag_of(needed)}, or leave {flag_of(f.name)} out"
+            )
 
 
 # --- The parser
@@ -221,7 +224,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class DefaultsHelp(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for flags that have none or tell it in words; keeps the lines of a description."""
+    """Shows defaults, except where there is none or the help says it in words; keeps a description's line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, "", False) or "(default" in (action.help or ""):
@@ -252,7 +255,7 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """What the model is, and which weights it starts from; None where a checkpoint or the architecture says it."""
+    """What the model is, and which weights it starts from; None leaves it to a checkpoint or the architecture."""
 
     arch: str | None = setting(
         None, f"{', '.join(ARCHS)}, or a timm name (default: the checkpoint's, else deit_small)", group=MODEL
@@ -281,21 +284,23 @@ class ModelFlags:
         None, "what ranks tokens (default: the checkpoint's, else predictor)", group=MODEL, choices=SCORERS
     )
     reducer: str | None = setting(
-        None, "what happens to the rest (default: the checkpoint's, else drop)", group=MODEL, choices=REDUCERS
+        None, "what happens to the other tokens (default: the checkpoint's, else drop)", group=MODEL, choices=REDUCERS
     )
     place: str | None = setting(
         None,
-        "of the stages: before their blocks, or inside, between attention and MLP (default: the checkpoint's, else "
+        "where stages are: before their blocks, or inside, between attention and MLP (default: the checkpoint's, else "
         "before)",
         group=MODEL,
         choices=PLACES,
     )
     merge_streams: bool = setting(
         False,
-        "Swin, ConvNeXt: in training, as in evaluation, a location kept again continues from its true value",
+        "Swin, ConvNeXt: in training, as in evaluation, a location that is kept again continues from its true value",
         group=MODEL,
     )
-    input_size: int | None = setting(None, "pixels (default: the arch's, 224 for the papers')", SIDE, group=MODEL)
+    input_size: int | None = setting(
+        None, "pixels (default: the arch's; 224 for the papers' models)", SIDE, group=MODEL
+    )
     patch_size: int | None = setting(
         None, "side of a patch in pixels (default: the arch's)", up_to(LARGEST["patch_size"]), group=MODEL
     )
@@ -305,13 +310,13 @@ class ModelFlags:
     depth: int | None = setting(None, "blocks (default: the arch's)", up_to(LARGEST["depth"]), group=MODEL)
     mlp_ratio: float | None = setting(
         None,
-        "an MLP's hidden channels, by those of a token (default: the arch's)",
+        "an MLP's hidden channels for each channel of a token (default: the arch's)",
         ("above 0 and at most 64", lambda x: 0 < x <= LARGEST["mlp_ratio"]),
         group=MODEL,
     )
     num_heads: tuple[int, ...] | None = setting(
         None,
-        "of attention; Swin: for each stage (default: the arch's)",
+        "attention heads; Swin: for each stage (default: the arch's)",
         up_to(LARGEST["num_heads"]),
         group=MODEL,
     )

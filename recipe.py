@@ -1,4 +1,4 @@
-"""The values that training follows, as recipes: the papers' and our own. What is done with them: optim.py."""
+"""The settings of training, as recipes: the papers' and our own. optim.py applies them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,14 +32,14 @@ class Recipe:
 
     The values without a flag belong to a recipe. schedule: "epochs" changes learning rates between epochs, with the
     backbone frozen at first and then slow (a dense model: linear warm-up, cosine), "steps" at every step, linear
-    warm-up and cosine for all. lr_images: lr is for a step of so many images, scaled to the images that there are;
-    None: it is as it stands. decay_new_biases: weight decay for the biases and norms of what is new in a model.
-    frozen_start: what comes before the first stage, where every token is the dense model's, does not learn.
+    warm-up and cosine for all. lr_images: lr is for a step of this many images, and is scaled to the actual number;
+    None: it is used as it is. decay_new_biases: weight decay for the biases and norms of what is new in a model.
+    frozen_start: the part before the first stage, where every token is the dense model's, does not learn.
     """
 
     recipe: str = setting(
         "neurips",
-        "sets the defaults of all that follows (default: the paper's that the model is from; label-free for models "
+        "sets the defaults of all that follows (default: the recipe of the model's paper; label-free for models "
         "without predictors)",
         group=RECIPE,
         choices=lambda: RECIPES,
@@ -52,7 +52,7 @@ class Recipe:
     backbone_lr_scale: float = setting(0.01, "the backbone's share of the learning rate", NOT_NEGATIVE, group=SCHEDULE)
     warmup_epochs: float = setting(
         5.0,
-        "epochs of linear warm-up; neurips, dynamic: epochs with the backbone frozen",
+        "epochs of linear warm-up; neurips with a dynamic model: epochs with the backbone frozen",
         NOT_NEGATIVE,
         group=SCHEDULE,
     )
@@ -66,17 +66,17 @@ class Recipe:
     batch_size: int = setting(64, "images for each process and forward pass", BATCH, group=OPTIMIZER)
     update_freq: int = setting(1, "forward passes per optimizer step", up_to(65_536), group=OPTIMIZER)
     weight_decay: float = setting(
-        0.05, "AdamW's, but for the backbone's biases and norms", NOT_NEGATIVE, group=OPTIMIZER
+        0.05, "AdamW's, for all but the backbone's biases and norms", NOT_NEGATIVE, group=OPTIMIZER
     )
     clip_grad: float | None = setting(None, "largest gradient norm", POSITIVE, group=OPTIMIZER)
     drop_path: float = setting(0.0, "stochastic depth at the last block, 0 at the first", BELOW_ONE, group=OPTIMIZER)
     model_ema: bool = setting(True, "also keep and evaluate the weights' moving average", group=OPTIMIZER)
     model_ema_decay: float = setting(
-        0.99996, "share of the average that a step leaves", SHARE, group=OPTIMIZER, needs="model_ema"
+        0.99996, "share of the old average that each step keeps", SHARE, group=OPTIMIZER, needs="model_ema"
     )
     amp: str = setting("auto", "mixed precision", group=OPTIMIZER, choices=PRECISIONS)
     compile: bool = setting(False, "torch.compile student and teacher, for validation too", group=OPTIMIZER)
-    seed: int = setting(0, "of all that is random in a run", SEED, group=RUN)
+    seed: int = setting(0, "for everything random in a run", SEED, group=RUN)
     distill: bool = setting(
         False,
         "learn from the dense backbone",
@@ -87,10 +87,10 @@ class Recipe:
     ratio_weight: float = setting(2.0, "weight of the ratio loss (2 for DeiT and LV-ViT)", NOT_NEGATIVE, group=LOSS)
     distill_weight: float = setting(0.5, "weight of the distillation losses", NOT_NEGATIVE, group=LOSS, needs="distill")
     token_weight: float = setting(
-        1.0, "weight of the token loss within them; the logits' is 1", NOT_NEGATIVE, group=LOSS, needs="distill"
+        1.0, "weight of the token loss among these; that of the logits is 1", NOT_NEGATIVE, group=LOSS, needs="distill"
     )
     distill_temperature: float = setting(
-        1.0, "that the logits of both models are divided by to be compared", POSITIVE, group=LOSS, needs="distill"
+        1.0, "divides the logits of both models before they are compared", POSITIVE, group=LOSS, needs="distill"
     )
     smoothing: float = setting(0.1, "label smoothing", BELOW_ONE, group=LOSS)
     repeated_aug: bool = setting(True, "each epoch shows a third of the images, three times each", group=MIXING)
@@ -102,7 +102,7 @@ class Recipe:
     )
     mixup_mode: str = setting(
         "batch",
-        "one share for a batch, for a pair of images, or for an image",
+        "one mixing share for a batch, for each pair of images or for each image",
         group=MIXING,
         choices=("batch", "pair", "elem"),
     )
@@ -130,12 +130,12 @@ class Recipe:
         return self.warmup_epochs if self.frozen_epochs is None else self.frozen_epochs
 
     def check(self, dense: bool, given: Collection[str]) -> None:
-        """Raises UserError for values that do not go together. dense: what is trained is a plain backbone. given: the
-        values that the user has set; where those of a recipe are too long for a short run, that is said."""
+        """Raises UserError for values that do not go together. dense: whether a plain backbone is trained. given: the
+        names of values that the user has set; a recipe's own that are too long for a short run only cause a warning."""
         check_needs(self, given)
         if (self.mixup > 0 or self.cutmix > 0) and self.batch_size % 2:
             raise UserError(
-                f"mixup pairs images: --batch-size must be even, got {self.batch_size} (or --mixup 0 --cutmix 0)"
+                f"mixup pairs images: --batch-size must be even, got {self.batch_size} (or give --mixup 0 --cutmix 0)"
             )
         if self.cls_weight == 0 and not self.distill:
             raise UserError(
@@ -158,7 +158,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a recipe costs and what comes of it, for who has to choose."""
+    """What a recipe costs and what it achieves, for those who have to choose."""
 
     paper: str
     hardware: str
@@ -172,7 +172,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe as it stands in the list. for_models_of: values that are others for the models of another paper."""
+    """A recipe in the list. for_models_of: values that differ for the models of another paper."""
 
     recipe: Recipe
     augmentation: Augmentation
@@ -223,7 +223,7 @@ RECIPES = {
             paper="arXiv 2106.02034, section 4.1, with DeiT's augmentation",
             hardware="ImageNet, 8 GPUs, 96 images each",
             hours="not published",
-            result="DeiT-S at base rate 0.7 79.32 % top-1 (dense 79.8) with 2.9 of 4.6 GFLOPs",
+            result="DeiT-S at base rate 0.7: 79.32 % top-1 (dense 79.8) with 2.9 of 4.6 GFLOPs",
             source="published",
         ),
     ),
@@ -234,7 +234,7 @@ RECIPES = {
             paper="arXiv 2207.01580 and its code, for Swin and ConvNeXt",
             hardware="ImageNet, 8 GPUs, 128 images each",
             hours="not published",
-            result="ConvNeXt-T at base rate 0.7 81.59 % top-1 with 3.6 GFLOPs, Swin-T 80.91 % with 4.0",
+            result="ConvNeXt-T at base rate 0.7: 81.59 % top-1 with 3.6 GFLOPs; Swin-T: 80.91 % with 4.0",
             source="published",
         ),
         for_models_of={"neurips": {"ratio_weight": 2.0}},

@@ -47,14 +47,14 @@ class Stopped(Exception):
 def end_on_interrupt() -> None:
     """For a command's first line: until exit_status has its handlers, Ctrl-C ends it without a traceback.
 
-    Importing torch takes seconds, in which Python would show where in torch it was.
+    Importing torch takes seconds, during which Python would show a traceback from inside torch.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not what nohup or a parent has set
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def raise_on_interrupt() -> bool:
-    """Back to Python's own way, KeyboardInterrupt, for a command that has begun and may have to clear up.
+    """Restores Python's own way, KeyboardInterrupt, for a command that has begun and may have to clean up.
 
     Returns whether it is a command, and not a call from other code, whose handlers stay as they are.
     """
@@ -75,7 +75,7 @@ def die_of(name: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):  # none, or nobody who reads it
+        except (AttributeError, OSError, ValueError):  # there is none, or nobody reads it
             continue
     number = getattr(signal, name, signal.SIGTERM)
     signal.signal(number, signal.SIG_DFL)
@@ -84,7 +84,7 @@ def die_of(name: str) -> NoReturn:
 
 
 def die_of_stop_signals() -> None:
-    """For a program that has failed: its launcher need not wait for it."""
+    """For a program that has failed, so that its launcher need not wait for it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 

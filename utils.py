@@ -1,4 +1,4 @@
-"""Processes and seeds: what every training script needs and no method is about."""
+"""Processes and seeds: what every training script needs, whatever its method."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ SAY_SECONDS = 60  # to wait for another process to say what has happened
 
 
 class LaunchError(RuntimeError):
-    """Processes or a device that cannot be had; the message is for the user."""
+    """Processes that cannot be joined, or a device that is not there; the message is for the user."""
 
 
 def init_distributed(device: torch.device) -> None:
@@ -47,7 +47,7 @@ def init_distributed(device: torch.device) -> None:
 
 
 def launched_by_torchrun() -> bool:
-    """Whether the environment is a launcher's; LaunchError where it is half of one."""
+    """Whether a launcher has set the environment; LaunchError if only a part of it is set."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return False
@@ -56,7 +56,7 @@ def launched_by_torchrun() -> bool:
         there = ", ".join(name for name in needed if name in os.environ)
         raise LaunchError(
             f"{there} set in the environment, but not {', '.join(missing)}: "
-            "start several processes with torchrun, or unset it for one"
+            "start several processes with torchrun, or unset what is set to run a single one"
         )
     world_size = whole_number("WORLD_SIZE", 1, MAX_PROCESSES)
     whole_number("RANK", 0, world_size - 1)
@@ -65,7 +65,7 @@ def launched_by_torchrun() -> bool:
 
 
 def whole_number(name: str, lowest: int, highest: int) -> int:
-    """A variable of the launcher's. Raises LaunchError if it is none, or out of range."""
+    """A variable of the launcher's. Raises LaunchError if it is not a whole number, or out of range."""
     text = os.environ[name]
     if not (text.isascii() and text.isdecimal() and lowest <= int(text) <= highest):
         raise LaunchError(
@@ -96,7 +96,7 @@ def connect(rank: int, world_size: int) -> dist.Store:
 def forget_earlier_starts(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     """The launcher's store under a prefix that only these processes know.
 
-    The store outlives a restart by torchrun, which would then lead to the addresses of processes
+    The store outlives a restart by torchrun, and would then still give the addresses of processes
     that are gone (pytorch issue 135712). A name that is new with every start cannot be mistaken.
     """
     if rank > 0:
@@ -135,11 +135,11 @@ def pick_device(name: str) -> torch.device:
         if name == "auto" and built_for_gpus and is_main_process():
             warn_once(
                 "this PyTorch is built for GPUs, but finds none that it can use: computing on the CPU "
-                "(device cpu, as --device cpu in a command, silences this)"
+                "(to silence this, choose device cpu: --device cpu in a command)"
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise LaunchError("device cuda is asked for, but torch sees no GPU here; use cpu")
+        raise LaunchError("device cuda was requested, but torch sees no GPU here; use cpu")
     index = whole_number("LOCAL_RANK", 0, MAX_PROCESSES) if "LOCAL_RANK" in os.environ else 0
     if index >= torch.cuda.device_count():
         raise LaunchError(f"more processes than the {torch.cuda.device_count()} GPU(s) here; lower --nproc_per_node")
@@ -147,24 +147,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def printable(text: object) -> str:
-    """On one line and without anything that a terminal obeys, whatever a file or a folder is called."""
+    """The text on one line and without a terminal's control characters, whatever a file or a folder is called."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def warn(message: object) -> None:
-    """From every process that says it."""
+    """Prints a warning, in every process that calls it."""
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 @cache
 def warn_once(message: str) -> None:
-    """However often it is said in a process."""
+    """As warn, but the same message only once in a process."""
     warn(message)
 
 
 def get_rank() -> int:
     rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdigit() else 0  # init_distributed says what is wrong with another one
+    return int(rank) if rank.isdigit() else 0  # init_distributed says what is wrong with any other value
 
 
 def get_world_size() -> int:
@@ -185,8 +185,8 @@ def log(*lines: str) -> None:
 def say_once(message: str) -> Iterator[bool]:
     """Gives True in the first of torchrun's processes that comes with this message, however slow the others are.
 
-    These get False, and wait at the end of the block for the first one to end its own, as torchrun may kill it once
-    one of them is gone. Without torchrun every process is the first.
+    The others get False, and wait at the end of the block until the first one has left its own, as torchrun may kill
+    it once one of them has ended. Without torchrun every process is the first.
     """
     store = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -243,7 +243,7 @@ def gather(value: object) -> list:
 
 
 def derive_seed(*numbers: int) -> int:
-    """A 63-bit seed from a few integers; other integers, unrelated seed."""
+    """A 63-bit seed from a few integers; different integers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

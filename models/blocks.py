@@ -59,17 +59,17 @@ Split = Callable[[nn.Module, Callable[[Tensor], Tensor]], tuple[Callable, Callab
 
 
 def choose_attention(vit: nn.Module, images: Tensor) -> None:
-    """timm's plain attention instead of its fused kernel where that one falls short.
+    """Takes timm's plain attention instead of its fused kernel where the kernel falls short.
 
-    On a CPU it is the slower one in bfloat16. In float16 it would keep a dropped token's weight, about
-    1e-9, as 0, and so its decision would get no gradient. Where the user has turned the fused kernel off, it stays off.
+    On a CPU the kernel is slower in bfloat16. In float16 it would round a dropped token's weight, about 1e-9,
+    to 0, so that its decision would get no gradient. Where the user has turned the fused kernel off, it stays off.
     """
     slow = images.device.type == "cpu" and matmul_dtype(images) == torch.bfloat16
     coarse = vit.training and matmul_dtype(images) == torch.float16
     pooling = [vit.attn_pool] if vit.global_pool == "map" else []
     for attention in [*chain.from_iterable(attentions(block) for block in vit.blocks), *pooling]:
         if not hasattr(attention, "fused_attn"):
-            continue  # somebody's own
+            continue  # a user's own module
         # Compiled code must not read what it is about to write, or it would be compiled again for the next call.
         if not torch.compiler.is_compiling() and attention.fused_attn != getattr(attention, "fused_as_set", None):
             attention.may_fuse = attention.fused_attn  # not set here: by timm, or by the user
@@ -78,7 +78,7 @@ def choose_attention(vit: nn.Module, images: Tensor) -> None:
 
 
 def log_weights(weights: Tensor) -> Tensor:
-    """The logarithm that makes a weight an attention bias; finite for a weight of 0, with its gradient."""
+    """The logarithm that makes a weight an attention bias; it and its gradient are finite for a weight of 0, too."""
     return torch.log(weights.float() + math.exp(LOG_DROPPED_WEIGHT))
 
 
@@ -91,7 +91,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 
 def attentions(block: nn.Module) -> list[nn.Module]:
-    """The attention modules of a timm block; there may be several in parallel, or the block is its own."""
+    """The attention modules of a timm block; there may be several in parallel, or the block itself is the module."""
     if hasattr(block, "attn"):
         return [block.attn]
     if hasattr(block, "attns"):
@@ -125,7 +125,7 @@ def observe(block: nn.Module) -> None:
 
 
 def has_hooks(block: nn.Module) -> bool:
-    """Whether somebody else's hooks wait for the block to be called as a whole."""
+    """Whether other hooks than ours wait for the block to be called as a whole."""
     return bool(block._forward_hooks) or any(hook is not forget_observed for hook in block._forward_pre_hooks.values())
 
 

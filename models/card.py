@@ -33,7 +33,7 @@ def model_card(spec: ModelSpec, name: str, notes: Mapping[str, Any], origin: str
     lines += [f"- {tag}" for tag in ("vision-transformer", "dynamicvit", *(() if spec.dense else (spec.reducer,)))]
     lines += ["---", CARD_MARK, "", f"# {name}", "", what_it_is(spec), ""]
     if features:
-        lines += ["It is for features, one for every patch; its own predictions were not looked at.", ""]
+        lines += ["It is for features, one for every patch; its own predictions were not evaluated.", ""]
     if notes:
         lines += ["| | |", "|---|---|", *rows(notes), ""]
     result, call, part = ("logits" if spec.num_classes else "embedding"), "model", ""

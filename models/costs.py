@@ -1,4 +1,4 @@
-"""What a described model costs in multiply-adds, and the description that costs no more than so many."""
+"""What a described model costs in multiply-adds, and the description of one that costs no more than a given number."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,9 +36,9 @@ def choose_stages(
     pruning_loc: Sequence[int] | None = None,
     for_features: bool = False,
 ) -> ModelSpec:
-    """The description of a dense model -> that of one that needs so many times fewer multiply-adds.
+    """The description of a dense model -> that of one that needs `speedup` times fewer multiply-adds.
 
-    Where stages are and how many tokens they keep is stages.choose's rule. for_features: see make_dynamic. Raises
+    stages.choose decides where stages are and how many tokens they keep. for_features: see make_dynamic. Raises
     ModelError for a speed-up that would leave too few tokens, and for a model without transformer blocks.
     """
     choice = FOR_FEATURES if for_features else FOR_SPEED
@@ -54,7 +54,7 @@ def choose_stages(
 
 
 def solve_keep_rates(spec: ModelSpec, gflops: float) -> tuple[float, ...]:
-    """Rates of a spec's stages, each keeping the same share of its tokens, at which it costs at most so many GFLOPs.
+    """Keep rates, with the same share of its tokens kept by each stage, at which a spec costs at most this much.
 
     That share is stages.LOWEST_RATE at least, even if this costs more.
     """

@@ -19,7 +19,7 @@ def describe(model: nn.Module) -> ModelSpec:
 
 
 def what_has_changed(model: nn.Module, built_as: ModelSpec) -> dict[str, Any]:
-    """By timm's setters: classes, pooling, image size."""
+    """What timm's setters have changed: classes, pooling, image size."""
     now: dict[str, Any] = {}
     num_classes = getattr(model, "num_classes", built_as.num_classes)
     if num_classes != built_as.num_classes:
@@ -48,7 +48,7 @@ def stages_of(model: nn.Module) -> dict[str, Any]:
 
 
 def describe_timm_model(model: nn.Module) -> ModelSpec:
-    """The dense model that timm built, from what timm left on it. Of one built by hand nobody can tell how: it goes by
+    """The dense model that timm built, from what timm left on it. How one was built by hand is unknown: it goes by
     the name of its class, and cannot be saved."""
     config = getattr(model, "pretrained_cfg", None) or {}
     kind = getattr(model, "backbone_class", type(model)).__name__

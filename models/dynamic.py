@@ -1,5 +1,5 @@
 """What every dynamic model has, whatever its family: a description that stays true, rates that are checked, and the
-manners of the timm model that it was made from."""
+behaviour of the timm model that it was made from."""
 
 import functools
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Dynamic:
         self._keep_rates = self.check_rates(keep_rates, len(self.pruning_loc))
 
     def set_keep_rates(self, keep_rates: Sequence[float]) -> None:
-        """As keep_rates = ..., for who likes a method."""
+        """The same as keep_rates = ..., as a method."""
         self.keep_rates = keep_rates
 
     @staticmethod
@@ -82,11 +82,13 @@ class Dynamic:
         return rebuild, (self.mixin, self.backbone_class), dict(self.__dict__)
 
     def __prepare_scriptable__(self) -> None:
-        raise NotImplementedError("torch.jit.script cannot take a dynamic model: use torch.export, or torch.jit.trace")
+        raise NotImplementedError(
+            "torch.jit.script does not work on a dynamic model: use torch.export, or torch.jit.trace"
+        )
 
     @staticmethod
     def refuse_tracing(images: Tensor) -> None:
-        """One line for torch.fx and what is built on it, which would fail somewhere inside."""
+        """A one-line error for torch.fx and what is built on it, which would otherwise fail somewhere inside."""
         if isinstance(images, torch.fx.Proxy):
             raise NotImplementedError(
                 "torch.fx cannot trace a dynamic model, whose passes depend on its settings: use forward_intermediates"
@@ -101,7 +103,7 @@ def dynamic_class(mixin: type, backbone_class: type[nn.Module]) -> type[nn.Modul
 
 
 def rebuild(mixin: type, backbone_class: type[nn.Module]) -> nn.Module:
-    """For pickle, which finds no class that was made at run time."""
+    """For pickle, which cannot find a class that was made at run time."""
     joined = dynamic_class(mixin, backbone_class)
     return joined.__new__(joined)
 
@@ -109,8 +111,8 @@ def rebuild(mixin: type, backbone_class: type[nn.Module]) -> nn.Module:
 def check_not_dynamic(backbone: nn.Module) -> None:
     if isinstance(backbone, Dynamic):
         raise ValueError(
-            "the model is dynamic already, as make_dynamic changes a model in place: start from the dense one "
-            "(copy.deepcopy keeps it), or change this one by set_keep_rates"
+            "the model is already dynamic, as make_dynamic changes a model in place: start from the dense one "
+            "(keep a copy.deepcopy of it), or change this one's rates with set_keep_rates"
         )
 
 
@@ -119,7 +121,9 @@ def check_own_methods(backbone: nn.Module, mixin: type) -> None:
     check_not_dynamic(backbone)
     for name in ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers"):
         if name in vars(backbone):
-            raise ValueError(f"this model's {name} is wrapped, and the wrapping would be lost: make it dynamic before")
+            raise ValueError(
+                f"this model's {name} is wrapped, and the wrapping would be lost: call make_dynamic before wrapping it"
+            )
         method = getattr(type(backbone), name, None)
         module = getattr(method, "__module__", None) or ""
         ours = mixin.__module__.rpartition(".")[0]

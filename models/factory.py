@@ -69,9 +69,9 @@ def create_model(
     keep_rates names the shares one by one. num_classes, img_size (pixels) and sizes (embed_dim,
     depth, num_heads, mlp_ratio, patch_size; for Swin and ConvNeXt depths, window_size) default to the
     architecture's own: 1000 classes and 224 pixels for those of the papers. merge_streams, place: see make_dynamic.
-    A dynamic model returns (logits, tokens, keep_mask, keep_decisions) in train mode, as published (and unlike one that
-    make_dynamic has made of your own; model.set_distilled_training(False) for logits alone), and logits in
-    eval mode, a dense one logits; Teacher makes a dense one return (logits, tokens).
+    In train mode a dynamic model returns (logits, tokens, keep_mask, keep_decisions), as published;
+    model.set_distilled_training(False) makes it return logits alone, as models from make_dynamic do. In eval mode it
+    returns logits, and so does a dense model, which Teacher makes return (logits, tokens).
     model.spec describes what was built. Raises ModelError, with a message for the user, if anything
     does not fit.
     """
@@ -144,7 +144,7 @@ def build_known(spec: ModelSpec, drop_path: float) -> tuple[nn.Module, ModelSpec
 
 
 def check_sizes(spec: ModelSpec, sizes: dict[str, Any]) -> None:
-    """What timm would answer with an assertion."""
+    """Raises ModelError where timm would fail with an assertion."""
     if "depth" not in sizes:  # a Swin or ConvNeXt
         return
     if sizes["embed_dim"] % sizes["num_heads"]:
@@ -201,7 +201,7 @@ def image_size(spec: ModelSpec) -> int | tuple[int, int]:
 
 
 def family_of_name(arch: str) -> Family:
-    """The family of an architecture that need not be built: ViTs' where no other one has it."""
+    """The family of an architecture, without building timm's: that of ViTs where no other one has it."""
     if arch in ARCHS:
         with torch.device("meta"):
             return family_of(build_known(ModelSpec(arch), 0.0)[0])
@@ -210,7 +210,7 @@ def family_of_name(arch: str) -> Family:
 
 
 def default_pruning_loc(spec: ModelSpec, family: Family, backbone: nn.Module) -> tuple[int, ...]:
-    """The paper's for its own models, else by its rule."""
+    """The paper's blocks for its own models, those of its rule for others."""
     if spec.arch in ARCHS and not {"depth", "depths"} & set(spec.sizes):
         return ARCHS[spec.arch].pruning_loc
     return family.default_pruning_loc(backbone)

@@ -34,7 +34,7 @@ def family_of(backbone: nn.Module) -> Family:
     if isinstance(backbone, str):
         raise ValueError(f"make_dynamic takes a model, not its name: timm.create_model({backbone!r}, pretrained=True)")
     known = ", ".join(sorted({family.backbone.__name__ for family in FAMILIES}))
-    raise ValueError(f"only these can be dynamic: {known}; this is a {type(backbone).__name__}")
+    raise ValueError(f"only these can be made dynamic: {known}; this is a {type(backbone).__name__}")
 
 
 def make_dynamic(
@@ -51,35 +51,40 @@ def make_dynamic(
 ) -> nn.Module:
     """Makes a trained timm backbone dynamic, in place; its own weights and names stay.
 
-    backbone: a VisionTransformer, Eva, SwinTransformer or ConvNeXt (the latter two by predictors and fast paths alone,
-    see spatial; only these have merge_streams). Either `make_dynamic(vit, speedup=1.6)`: stages and rates are chosen
-    so that the model needs so many times fewer multiply-adds (arithmetic; nothing is measured, as `tools.accelerate
-    --speedup` does), by distinct + merge_length inside the blocks. for_features=True: so that forward_features does,
-    and every patch's feature is as near as can be to the dense model's, by outlying + merge_length before the blocks.
-    Or by hand. pruning_loc: the blocks before which tokens are reduced, or inside which with place="inside", between
-    attention and MLP. keep_rates: the share of the original patch tokens kept after each of these stages. scorer:
-    predictor (published; learned), or attention, distinct, outlying or random, which need no training; reducer: drop
-    (published) or merge; or objects of your own.
+    backbone: a VisionTransformer, Eva, SwinTransformer or ConvNeXt (the latter two only with predictors and fast
+    paths, see spatial; merge_streams is for these alone).
 
-    The model answers with logits, in train mode too, as the backbone did; set_distilled_training(True) makes it give
-    what this project's losses need. timm's patch dropout is not used any more. Raises ValueError, before anything is
+    Either give a speed-up, `make_dynamic(vit, speedup=1.6)`: stages and rates are chosen so that the model needs that
+    many times fewer multiply-adds, by distinct_few + merge_length inside the blocks. This is counted, not timed;
+    `tools.accelerate --speedup` measures time. for_features=True: the multiply-adds are those of forward_features, and
+    every patch's feature stays as close as possible to the dense model's, by outlying + merge_length before the blocks.
+
+    Or choose by hand. pruning_loc: the blocks before which tokens are reduced, or with place="inside" the blocks
+    inside which, between attention and MLP. keep_rates: the share of the original patch tokens kept after each of these
+    stages. scorer: predictor (published; learned), or attention, distinct, outlying or random, which need no training;
+    reducer: drop (published) or merge; or objects of your own.
+
+    The model returns logits, in train mode too, as the backbone did; set_distilled_training(True) makes it return
+    what this project's losses need. timm's patch dropout is no longer used. Raises ValueError, before anything is
     changed, if anything does not fit.
     """
     if speedup is not None and not isinstance(speedup, numbers.Real):
-        raise ValueError(f"speedup is a number, as 1.6; got {speedup!r}")
+        raise ValueError(f"speedup must be a number, such as 1.6; got {speedup!r}")
     family = family_of(backbone)
     chosen_by_hand = {"pruning_loc": pruning_loc, "keep_rates": keep_rates}
     if speedup is None:
         missing = [name for name, value in chosen_by_hand.items() if value is None]
         if missing:
             raise ValueError(
-                f"make_dynamic needs speedup=1.6, or pruning_loc and keep_rates; no {missing[0]} was given"
+                f"make_dynamic needs speedup (such as 1.6), or pruning_loc and keep_rates; no {missing[0]} was given"
             )
         if for_features:
-            raise ValueError("for_features chooses stages for a speedup; by hand, leave it out")
+            raise ValueError("for_features chooses stages for a speedup; with pruning_loc and keep_rates, leave it out")
         if not isinstance(keep_rates, Sequence) and not hasattr(keep_rates, "__len__"):
             rates = family.keep_rates(keep_rates, len(pruning_loc))
-            raise ValueError(f"keep_rates needs a share of all tokens for each stage; {keep_rates} would be {rates}")
+            raise ValueError(
+                f"keep_rates needs a share of all tokens for each stage; {keep_rates} as a base rate would be {rates}"
+            )
         plan = Plan(
             as_blocks(pruning_loc),
             tuple(keep_rates),
@@ -90,7 +95,7 @@ def make_dynamic(
         )
         return family.make_dynamic(backbone, plan)
     if keep_rates is not None:
-        raise ValueError("give speedup, which chooses the rates, or keep_rates")
+        raise ValueError("give speedup or keep_rates, not both: speedup chooses the rates")
     choice = FOR_FEATURES if for_features else FOR_SPEED
     scorer = find(scorer or choice.scorer, SCORERS, Scorer)
     reducer = find(reducer or choice.reducer, REDUCERS, Reducer)
@@ -105,7 +110,7 @@ def as_blocks(pruning_loc: Sequence[int]) -> tuple[int, ...]:
         if any(block != i for block, i in zip(blocks, pruning_loc, strict=True)):
             raise ValueError
     except (TypeError, ValueError) as error:
-        raise ValueError(f"pruning_loc needs the numbers of blocks, got {pruning_loc}") from error
+        raise ValueError(f"pruning_loc needs block numbers, got {pruning_loc}") from error
     return blocks
 
 
@@ -117,7 +122,7 @@ def find(wanted: str | Scorer | Reducer, known: dict, kind: type) -> Scorer | Re
         return known[wanted]
     if not isinstance(wanted, kind) or not is_word(getattr(wanted, "name", None)):
         raise ValueError(
-            f"a {kind.__name__.lower()} is a name or a {kind.__name__} with a name of one word, got {wanted!r}"
+            f"a {kind.__name__.lower()} must be a name, or a {kind.__name__} whose name is one word; got {wanted!r}"
         )
     if type(known.setdefault(wanted.name, wanted)) is not type(wanted):
         raise ValueError(f"another {kind.__name__.lower()} is called '{wanted.name}'; give yours a name of its own")

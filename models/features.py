@@ -1,4 +1,4 @@
-"""A backbone as what gives features: for export, and for training on them."""
+"""Backbones that give features instead of a prediction: for export, and for training on them."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,14 @@ from .huggingface import PreTrainedVisionModel, tower_features
 
 
 def features_of(model: nn.Module, images: Tensor) -> Tensor:
-    """(B, 3, H, W) images -> (B, P+N, C) tokens behind the last block: prefix tokens, then one for every patch."""
+    """(B, 3, H, W) images -> (B, P+N, C) tokens after the last block: prefix tokens, then one for every patch."""
     if hasattr(model, "forward_features"):
         return model.forward_features(images)
     return tower_features(model, images)  # a dense transformers model has no such method
 
 
 class FeatureExtractor(nn.Module):
-    """Gives every patch's feature where the model itself gives its prediction.
+    """Returns every patch's feature where the model itself returns its prediction.
 
     model: of timm, of transformers or ours, dense or dynamic; it stays the same object, by the name `model`.
     """

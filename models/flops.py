@@ -13,15 +13,15 @@ from .spec import two_sides
 
 
 def count_gflops(model: nn.Module, img_size: int | tuple[int, int], features: bool = False) -> float:
-    """Multiply-adds of the evaluation forward on one image, in 1e9; with features of forward_features, all tokens' last
-    block included.
+    """Multiply-adds of the evaluation forward on one image, in 1e9. features: of forward_features instead, where the
+    last block computes all tokens.
 
     img_size: side in pixels, or (height, width). Works on a copy, so that the model's mode,
     device and gradients stay as they are.
     """
     height, width = two_sides(img_size)
     # On the meta device only shapes are computed, and no weights are held: fast at any size.
-    # No gradients wanted, or the counter would look for that of attention pooling's query, and fail. In float32, as the
+    # Without gradients, as the counter would look for that of attention pooling's query, and fail. In float32, as the
     # images are: a model in half precision costs the same.
     shadow = copy.deepcopy(model).to("meta", torch.float32).eval().requires_grad_(False)
     images = torch.empty(1, 3, height, width, device="meta")

@@ -1,8 +1,8 @@
 """Vision models of Hugging Face's transformers: ViT, DeiT, DINOv2 (with registers), SigLIP and CLIP.
 
-Their own forward methods run, so that what they answer keeps its class, names and shapes. Hooks before the encoder's
+Their own forward methods run, so that their outputs keep their class, names and shapes. Hooks before the encoder's
 layers shorten the sequence, a registered attention function adds the bias for merged tokens and shows the scorer
-queries and keys, and a hook behind the last layer gives every patch its token back. Shapes: B images, P prefix tokens
+queries and keys, and a hook after the last layer gives every patch its token back. Shapes: B images, P prefix tokens
 (class token first), N patch tokens, K of them left, C channels.
 """
 
@@ -57,7 +57,7 @@ from .vit import ViTAdapter
 HALF = (0.5, 0.5, 0.5)
 SQUASH = "squash"
 IMAGENET = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-# What a kind of model expects where no preprocessor_config.json says it: that of the weights published first.
+# What a kind of model expects where no preprocessor_config.json says it: what its first published weights expect.
 KINDS = {
     "vit": Preprocessing(HALF, HALF, 1.0, "bilinear", SQUASH),
     "deit": replace(IMAGENET, crop_mode=SQUASH),
@@ -75,7 +75,7 @@ ANSWERS = ("logits", "image_embeds", "pooler_output")  # what a model is for: th
 
 
 def kind_of(model_class: type) -> str | None:
-    """Which of KINDS it is, by the module that it or a class above it is from; nothing has to be imported for it."""
+    """Which of KINDS it is, by the module that it or a base class is from; nothing has to be imported for it."""
     for base in model_class.__mro__:
         package, _, rest = base.__module__.partition(".models.")
         kind = rest.partition(".")[0]
@@ -90,11 +90,11 @@ class ByModule(type):
 
 
 class PreTrainedVisionModel(metaclass=ByModule):
-    """Stands for transformers' classes, which are imported only by who uses them."""
+    """Stands for transformers' classes, which only their users import."""
 
 
 class Parts(NamedTuple):
-    """Where the parts of a model are that others hide in different places."""
+    """The parts of a model, which its classes keep in different places."""
 
     tower: nn.Module  # has the embeddings; answers with last_hidden_state first
     layers: nn.ModuleList
@@ -102,12 +102,12 @@ class Parts(NamedTuple):
 
 
 def parts_of(model: nn.Module) -> Parts:
-    """Raises ValueError for what is no image model."""
+    """Raises ValueError for what is not an image model."""
     name = type(model).__name__
     if hasattr(model, "text_model"):
         raise ValueError(f"{name} reads text, too: make its vision_model dynamic, if that is a model of its own")
     if not hasattr(model, "save_pretrained") or getattr(model, "main_input_name", None) != "pixel_values":
-        raise ValueError(f"{name} is not a whole image model of transformers")
+        raise ValueError(f"{name} is not a complete image model of transformers")
     path, layers = next((path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList))
     steps = path.split(".")
     callers = tuple(model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps)))
@@ -126,9 +126,9 @@ def vision_config(model: nn.Module) -> Any:
 
 
 def answer_of(output: Any) -> Tensor:
-    """(B, classes) logits from what a model has answered, or (B, C) embeddings where it has no classes.
+    """(B, classes) logits from a model's output, or (B, C) embeddings where it has no classes.
 
-    A tensor, as all other models answer with, stays as it is. Raises ModelError for what is neither.
+    A tensor, which all other models return, stays as it is. Raises ModelError for what is neither.
     """
     if isinstance(output, Tensor):
         return output
@@ -136,7 +136,7 @@ def answer_of(output: Any) -> Tensor:
         if getattr(output, name, None) is not None:
             return output[name]
     if getattr(output, "last_hidden_state", None) is None:
-        raise ModelError(f"a {type(output).__name__} has neither logits nor an embedding: give a model that gives one")
+        raise ModelError(f"a {type(output).__name__} has neither logits nor an embedding: use a model that returns one")
     return output.last_hidden_state.mean(dim=1)
 
 
@@ -145,7 +145,7 @@ def answer_of(output: Any) -> Tensor:
 
 @dataclass
 class Pass:
-    """A call of a dynamic model: what is asked of it, and what it has met."""
+    """One call of a dynamic model: what it has to return, and its state so far."""
 
     model: "DynamicVision"
     callers: list[nn.Module] = field(default_factory=list)  # those running now
@@ -156,13 +156,13 @@ class Pass:
     attended: bool = False  # whether the layer that runs has called our attention function
     keep_decisions: list[Tensor] = field(default_factory=list)  # of masked training, as in TokenPruning.forward
     features: Tensor | None = None  # (B, P+N, C) last_hidden_state
-    states: list[Tensor] = field(default_factory=list)  # restored, behind each layer, if they are wanted
+    states: list[Tensor] = field(default_factory=list)  # restored, after each layer, if they are wanted
 
     def start(self, x: Tensor) -> None:
         """x: (B, P+N, C), the tokens before the first layer."""
         model = self.model
         if model.restore not in RESTORE:
-            raise ValueError(f"restore is {', '.join(RESTORE)}; got {model.restore!r}")
+            raise ValueError(f"restore must be one of {', '.join(RESTORE)}; got {model.restore!r}")
         unread = model.reads_class_token_alone and self.callers[:1] == [model]
         unread = unread and not self.wants_states and not model.all_outputs
         restorer = None if unread or model.restore == "none" else Restorer(model.restore)
@@ -196,7 +196,7 @@ class Pass:
         tokens.bias = aligned(policy_bias(policy, model.num_prefix_tokens).to(bias_dtype(tokens.x)))
 
     def leave(self, number: int, x: Tensor) -> Tensor:
-        """(B, P+K, C) tokens behind a layer -> the same, or (B, P+N, C) where others look at them."""
+        """(B, P+K, C) tokens after a layer -> the same, or (B, P+N, C) where others look at them."""
         if not self.attended:
             raise ValueError("this version of transformers does not take attention functions: install a newer one")
         self.tokens.x = x
@@ -214,7 +214,7 @@ class Pass:
             states = [None if state is None else ours for state, ours in zip(found[1:], self.states, strict=True)]
             if found[-1] is output.get("last_hidden_state"):  # the normed one
                 states[-1] = found[-1]
-            output["hidden_states"], self.states = (found[0], *states), []  # whoever calls hands these on
+            output["hidden_states"], self.states = (found[0], *states), []  # the caller passes these on
 
     def observe(self, number: int, queries: Tensor, keys: Tensor, scale: float) -> None:
         model = self.model
@@ -239,21 +239,21 @@ class Passes(threading.local):
 
     current: Pass | None = None
     layer: int | None = None
-    watched: list[Pass] | None = None  # where a finished pass is left for who asked for it
+    watched: list[Pass] | None = None  # where a finished pass is left for whoever asked for it
 
 
 _passes = Passes()
 
 
 def before_layer(number: int, _layer: nn.Module, args: tuple) -> tuple | None:
-    if _passes.current is None:  # somebody calls a layer alone
+    if _passes.current is None:  # a layer is called by itself
         return None
     _passes.layer = number
     return (_passes.current.enter(number, args[0]), *args[1:])
 
 
 def after_layer(number: int, _layer: nn.Module, _args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-    """Before version 5 some layers answer with tuples."""
+    """Before transformers 5 some layers return tuples."""
     if _passes.current is None:
         return None
     _passes.layer = None
@@ -338,7 +338,7 @@ class DynamicVision(Dynamic):
 
     @property
     def reads_class_token_alone(self) -> bool:
-        """Whether nobody sees a patch token behind the last layer."""
+        """Whether nothing reads a patch token after the last layer."""
         classifies = "ForImageClassification" in self.backbone_class.__name__
         return classifies and kind_of(self.backbone_class) in ("vit", "deit")
 
@@ -383,12 +383,16 @@ class DynamicVision(Dynamic):
         run.callers.append(caller)
         use_our_attention(run.model)
         if run.model.training and torch.is_grad_enabled() and is_checkpointing(run.model):
-            raise ValueError("no gradient checkpointing with stages: model.gradient_checkpointing_disable()")
+            raise ValueError(
+                "stages do not work with gradient checkpointing: call model.gradient_checkpointing_disable()"
+            )
         wants = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
         config = getattr(caller, "config", None)
         wants = {name: getattr(config, name, False) if value is None else value for name, value in wants.items()}
         if wants["output_attentions"]:
-            raise ValueError("a dynamic model's attention has another size in each layer: leave output_attentions out")
+            raise ValueError(
+                "a dynamic model's attention has a different size in each layer: leave output_attentions out"
+            )
         run.wants_states |= wants["output_hidden_states"] is not None and wants["output_hidden_states"] is not False
 
     def end(self, caller: nn.Module, _args: tuple, output: Any) -> Any:
@@ -414,7 +418,7 @@ class DynamicVision(Dynamic):
 
 
 def use_our_attention(model: DynamicVision) -> None:
-    """Whatever set_attn_implementation has chosen since. Raises ValueError for a kernel that takes no bias."""
+    """Also after set_attn_implementation has chosen another one. Raises ValueError for a kernel that takes no bias."""
     for config in model.attention_configs:
         chosen = config._attn_implementation or "eager"
         if chosen not in ATTENTIONS:
@@ -426,7 +430,7 @@ def ours(dense: str) -> str:
     for name, known in ATTENTIONS.items():
         if dense == known:
             return name
-    raise ValueError(f"{dense} takes no bias for merged tokens: model.set_attn_implementation('sdpa')")
+    raise ValueError(f"{dense} takes no bias for merged tokens: call model.set_attn_implementation('sdpa')")
 
 
 @functools.cache
@@ -490,9 +494,11 @@ class HuggingFaceAdapter:
         parts = parts_of(model)
         depth, loc = len(parts.layers), plan.pruning_loc
         if not loc or list(loc) != sorted(set(loc)) or not all(1 <= i < depth for i in loc):
-            raise ValueError(f"pruning stages must be ascending numbers of layers in 1..{depth - 1}, got {loc}")
+            raise ValueError(f"pruning stages must be ascending layer numbers in 1..{depth - 1}, got {loc}")
         if plan.place != "before":
-            raise ValueError(f"stages of a transformers model are before its layers; place {plan.place!r} needs timm's")
+            raise ValueError(
+                f"stages of a transformers model are before its layers; place {plan.place!r} needs a timm model"
+            )
         keep_rates = check_keep_rates(plan.keep_rates, len(loc))
         configs = {id(c): c for part in parts.layers.modules() if (c := vars(part).get("config")) is not None}
         for config in configs.values():
@@ -629,7 +635,7 @@ def is_saved_by_transformers(folder: str | Path) -> bool:
 
 
 def save(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None, notes: Mapping[str, Any]) -> None:
-    """By the model's own method, and beside it how images are prepared. notes: how it was made, kept in its config.
+    """Saves by the model's own method, with a file on how images are prepared. notes: how it was made, for its config.
     Raises CheckpointError."""
     if class_names is not None:
         if len(class_names) != model.config.num_labels:
@@ -677,7 +683,7 @@ def hub_name(model: nn.Module) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Its progress bars, and the predictors, which it does not know, are no news."""
+    """Silences its progress bars, and its warnings of predictors, which it does not know."""
     from transformers import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -715,7 +721,9 @@ def load_dense(folder: str | Path) -> nn.Module:
     model_class = getattr(transformers, str(architecture), None)
     is_known = isinstance(model_class, type) and kind_of(model_class) is not None
     if not is_known and not (architecture == "AutoModel" and content["model_type"] in MODEL_TYPES):
-        raise CheckpointError(f"{folder} has a transformers {architecture}; these can be dynamic: {', '.join(KINDS)}")
+        raise CheckpointError(
+            f"{folder} has a transformers {architecture}; these can be made dynamic: {', '.join(KINDS)}"
+        )
     try:
         with quiet_transformers():
             model = model_class.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
@@ -730,7 +738,7 @@ def stages_in(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     entry = getattr(model.config, ENTRY, None)
     if not isinstance(entry, Mapping):
         raise CheckpointError(
-            f"{folder} has a dense transformers model: make it dynamic by dynamicvit accelerate, or in Python by "
+            f"{folder} has a dense transformers model: make it dynamic with dynamicvit accelerate, or in Python with "
             "make_dynamic(model, speedup=1.6)"
         )
     names = ("pruning_loc", "keep_rates", "scorer", "reducer", "place")

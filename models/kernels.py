@@ -33,7 +33,7 @@ SMALLEST_NORM = 1e-12  # as in torch.nn.functional.normalize
 def available(x: Tensor) -> bool:
     """Whether the functions below can take tensors that are where x is, of x's dtype.
 
-    Not while a model is exported: what is exported has to run where this file is not.
+    Not while a model is exported: what is exported has to run without this file.
     """
     if triton is None or x.dtype not in DTYPES or torch.jit.is_tracing() or is_exporting():
         return False
@@ -45,7 +45,7 @@ def available(x: Tensor) -> bool:
 
 
 def is_exporting() -> bool:
-    """As torch.compiler.is_exporting, for which compilers before torch 2.14 put True in all that they compile."""
+    """As torch.compiler.is_exporting, which is always True in what compilers before torch 2.14 compile."""
     return torch.compiler._is_exporting_flag if COMPILING_LOOKS_LIKE_EXPORTING else torch.compiler.is_exporting()
 
 
@@ -82,7 +82,7 @@ def merge(
     size = size.float()
     weights = size if weights is None else weights.float()
     merged, kept, merged_size, place = _merge(x, scores.detach(), size, weights, num_keep, num_prefix, coarse(x))
-    if not size.requires_grad:  # or attention would compute the gradient of its size bias for nobody
+    if not size.requires_grad:  # or attention would compute the gradient of its size bias for nothing
         merged_size = merged_size.detach()
     return merged, kept, merged_size, place
 
@@ -204,8 +204,8 @@ def _(
 
 
 def rank(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N) scores -> (B, K) places of the best, (B, N-K) of the others, both best first; (B, N) of which only the
-    kept ones are set: each one's rank."""
+    """(B, N) scores -> (B, K) places of the best, (B, N-K) of the others, both best first; (B, N) each token's rank,
+    which is set for the kept ones only."""
     batch, num_tokens = scores.shape
     kept, others, place = (
         scores.new_empty(batch, count, dtype=torch.long) for count in (num_keep, num_tokens - num_keep, num_tokens)
@@ -263,7 +263,7 @@ def products(x: Tensor, num_prefix: int, tile: Tile, coarse: bool = False) -> di
     return {
         "C": x.shape[2],
         "P": num_prefix,
-        "PRECISION": "ieee" if x.dtype == torch.float32 and not coarse else "tf32",  # nothing to 16-bit numbers
+        "PRECISION": "ieee" if x.dtype == torch.float32 and not coarse else "tf32",  # ignored for 16 bits
         "WIDEN": INTERPRETED,  # the interpreter multiplies bfloat16 as if it were integers
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
@@ -311,7 +311,7 @@ _merge.register_autograd(_merge_gradients, setup_context=_save_for_merge_gradien
 if triton is None:
 
     def jit(kernel: Any) -> Any:
-        """Leaves a function that nobody calls where there is no Triton."""
+        """Leaves the function as it is where there is no Triton, as nobody calls it there."""
         return kernel
 
     constexpr = Any

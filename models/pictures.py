@@ -38,7 +38,7 @@ FRAME_SECONDS, LAST_FRAME_SECONDS = 0.8, 2.0
 def prune(model: nn.Module, images: Tensor) -> Trace:
     """What a dynamic model does with (B, 3, H, W) uint8 images; leaves it in the mode in which it was.
 
-    Scores that are logarithms of probabilities become these. Merged patches have the score of their token.
+    Scores that are log-probabilities become probabilities. Merged patches have the score of their token.
     """
     was_training = model.training
     device = next(model.parameters()).device
@@ -59,7 +59,7 @@ def share_scores(scores: Tensor, groups: Tensor) -> Tensor:
 
 
 def stage_lines(model: nn.Module, trace: Trace) -> list[str]:
-    """What a caption says of the model's stages, in short lines."""
+    """What a caption says about the model's stages, in short lines."""
     counts = [trace.groups.shape[2], *(kept.shape[1] for kept in trace.kept)]
     blocks = ", ".join(map(str, model.pruning_loc))
     what = "locations" if has_fast_path(model) else "tokens"
@@ -177,7 +177,7 @@ def feature_colours(features: Tensor, directions: Tensor | None = None) -> tuple
     """(M, C) features -> (M, 3) uint8 colours, their first three principal components, and the directions of these.
 
     directions: (3, C), so that one model's features are coloured as another's were. A component's colour goes from
-    its 2nd to its 98th hundredth, so that a few features that lie apart do not grey all others.
+    its 2nd to its 98th percentile, so that a few outliers do not turn all other features grey.
     """
     centred = (features - features.mean(dim=0)).double()
     if directions is None:

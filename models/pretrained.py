@@ -59,7 +59,7 @@ CONFIRMED = 0.2  # mean similarity of neighbours from which position embeddings 
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # has another name in numpy 1 than in numpy 2
 # Mere data, which torch's reader would refuse.
 HARMLESS = [
-    argparse.Namespace,  # published DynamicViT files carry their arguments so
+    argparse.Namespace,  # published DynamicViT files store their arguments like this
     *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.dtype,
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name not in ("ObjectDType", "VoidDType")),
@@ -86,7 +86,7 @@ def from_pretrained(
     spec = spec_of(content)
     if spec is None:
         raise CheckpointError(
-            f"{source} does not say what model it is of; give the folder of a run or a saved model, "
+            f"{source} does not say which model it belongs to; give the folder of a run or a saved model, "
             "or build the model and give the file to load_weights(model, file)"
         )
     model = build_model(spec)
@@ -99,7 +99,7 @@ def from_pretrained(
 
 
 def fetched(source: str | Path, revision: str | None = None) -> str | Path:
-    """A model on the hub as its folder in the cache; whatever else it is, as it is."""
+    """The folder in the cache of a model on the hub; any other source as it is."""
     path = checkpoint_in(source)
     return source if not str(source).strip() or path.exists() else download(str(source), revision)
 
@@ -116,9 +116,9 @@ def load_weights(
     source: what from_pretrained and read_checkpoint take, the content of a checkpoint, or a state dict.
     Position embeddings are interpolated to the model's grid. Predictors may be missing (a dense
     file starts a dynamic model). new_head: a head of another number of classes is left out and
-    starts anew. moving_average: whether to take it, of a source that holds both; None: as timm does, which takes it,
-    but from a run of this program the weights that were trained. Raises CheckpointError that names everything else
-    that does not fit; the model is then as it was.
+    starts anew. moving_average: whether to take it where a source also holds the trained weights; None: yes, as timm
+    does, except from a run of this program. Raises CheckpointError that names everything else that does not fit; the
+    model is then as it was.
     """
     content = source if isinstance(source, Mapping) else read_checkpoint(source)
     weights, notes = choose_weights(content, moving_average)
@@ -164,7 +164,9 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> dict[str
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     if path.suffix in EXPORTED:
-        raise CheckpointError(f"{path} is an exported model, which can only be run; give what it was exported from")
+        raise CheckpointError(
+            f"{path} is an exported model, which can only be run; give the model that it was exported from"
+        )
     content = read_file(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named weights")
@@ -219,16 +221,16 @@ def is_ours(content: Mapping[str, Any]) -> bool:
 
 
 def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of the command that wrote a checkpoint; empty where it tells none."""
+    """The flags of the command that wrote a checkpoint; empty where it has none."""
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args  # published files
     return args if isinstance(args, dict) else {}
 
 
 def spec_of(content: Mapping[str, Any]) -> ModelSpec | None:
-    """The description of the model whose weights a checkpoint holds, where it tells one.
+    """The description of the model whose weights a checkpoint holds, if it has one.
 
-    Files from before there were descriptions, and the published ones, tell it by their arguments.
+    For older files, which have no description, and the published ones it is made from their arguments.
     Raises ModelError for a description of no model, or of one far larger than its weights.
     """
     described = describe(content)
@@ -236,7 +238,7 @@ def spec_of(content: Mapping[str, Any]) -> ModelSpec | None:
 
 
 def describe(content: Mapping[str, Any]) -> tuple[ModelSpec, nn.Module] | None:
-    """As spec_of, and beside it the model without memory for its weights."""
+    """As spec_of, together with the model, without memory for its weights."""
     spec = ModelSpec.from_dict(content["spec"]) if content.get("spec") else spec_of_settings(content)
     if spec is None:
         return None
@@ -289,7 +291,7 @@ def find_weights(content: Mapping[str, Any], moving_average: bool | None = None)
 
 
 def choose_weights(content: Mapping[str, Any], moving_average: bool | None) -> tuple[StateDict, list[str]]:
-    """As find_weights, with a note where there was a choice."""
+    """As find_weights, with a note if there were two sets to choose from."""
     held = {key: content[key] for key in (*AVERAGES, *WEIGHT_KEYS) if isinstance(content.get(key), dict)}
     averages, plain = ([held[key] for key in keys if key in held] for keys in (AVERAGES, WEIGHT_KEYS))
     if moving_average and not averages:
@@ -358,12 +360,12 @@ def download_weights(arch: str) -> StateDict:
 
 
 def is_new(name: str) -> bool:
-    """Whether a parameter of this name is none of the backbone's."""
+    """Whether a parameter of this name does not belong to the backbone."""
     return any(part in name for part in NEW)
 
 
 def backbone_part(weights: StateDict) -> StateDict:
-    """What a dynamic model's weights hold of its dense backbone's."""
+    """The dense backbone's weights among those of a dynamic model."""
     return {name: value for name, value in weights.items() if not is_new(name)}
 
 
@@ -412,7 +414,7 @@ def fit_pos_embed(model: nn.Module, weights: StateDict, described: tuple[int, in
     """Interpolates weights["pos_embed"] to the model's grid if it has another one; notes for the user.
 
     described: the weights' grid, where they come with a description. Else it is taken to be the model's, or a square
-    if the number of patches is another one. A file does not tell it, but trained embeddings show it.
+    if the number of patches differs. A bare file does not state it, but trained embeddings show it.
     """
     source, target, wanted = weights.get("pos_embed"), getattr(model, "pos_embed", None), grid_of(model)
     if source is None or wanted is None or source.ndim != 3 or source.shape[::2] != target.shape[::2]:
@@ -423,7 +425,7 @@ def fit_pos_embed(model: nn.Module, weights: StateDict, described: tuple[int, in
     if grid is None or math.prod(grid) != num_patches:
         grid = wanted if num_patches == math.prod(wanted) else (math.isqrt(max(0, num_patches)),) * 2
         if math.prod(grid) != num_patches or num_patches == 0:
-            return []  # it does not fit: whoever compares shapes will say so
+            return []  # it does not fit, as the comparison of shapes will report
         if doubt := doubt_of(source[0, num_prefix:], grid):
             notes.append(f"position embeddings of {num_patches} patches taken as {text_of(grid)}{doubt}")
     if grid != wanted:
@@ -445,7 +447,7 @@ def resample(positions: Tensor, num_prefix: int, grid: tuple[int, int], wanted: 
 
 
 def pixels(model: nn.Module, grid: tuple[int, int]) -> str:
-    """For the note: what image size weights of this grid are of, where the model tells its own."""
+    """For the note: the image size that weights of this grid are for, if the model knows its own."""
     side = getattr(model.patch_embed, "img_size", None) or getattr(getattr(model, "spec", None), "img_size", None)
     if side is None:
         return ""

@@ -62,14 +62,14 @@ def size_bias(log_size: Tensor, num_prefix: int) -> Tensor:
 def aligned(bias: Tensor) -> Tensor:
     """The same values in rows whose stride is a multiple of 8, once a stage.
 
-    CUDA's fused attention wants that of a bias, and would otherwise pad a copy of it in every block.
+    CUDA's fused attention needs such a bias, and would otherwise pad a copy of it in every block.
     """
     width = bias.shape[-1]
     return bias if bias.device.type == "cpu" else F.pad(bias, (0, -width % 8))[..., :width]
 
 
 def bias_dtype(x: Tensor) -> torch.dtype:
-    """That of the matrix products, but float32 instead of float16 under autocast; see choose_attention."""
+    """The dtype of the matrix products, but float32 instead of float16 under autocast; see choose_attention."""
     dtype = matmul_dtype(x)
     return torch.float32 if dtype == torch.float16 and x.dtype != torch.float16 else dtype
 
@@ -94,10 +94,10 @@ class Trace(NamedTuple):
 
 @dataclass
 class Forward:
-    """One pass through the blocks: what is asked of it, and what it has met."""
+    """One pass through the blocks: what it has to return, and its state so far."""
 
     stages: list[Stage]
-    head_alone: bool  # nobody reads a patch token after the last attention
+    head_alone: bool  # no patch token is read after the last attention
     restorer: Restorer | None = None
     wanted: frozenset[int] = frozenset()  # blocks whose tokens are wanted, restored
     taken: list[Tensor] | None = None
@@ -192,8 +192,8 @@ class TokenPruning(Dynamic):
     def head_alone(self) -> bool:
         """Whether the last block computes its MLP for the prefix tokens only, all that the head reads.
 
-        Exact but for rounding. Not for published forms, whose multiply-adds are counted with all tokens, nor where
-        somebody's hook on that block waits for them.
+        Exact up to rounding. Not for published forms, whose multiply-adds are counted with all tokens, nor where
+        a user's hook on that block waits for them.
         """
         last = self.blocks[-1]
         splits = self.adapter.find_split(last) is not None and not has_hooks(last)
@@ -208,8 +208,8 @@ class TokenPruning(Dynamic):
     def forward_features(self, images: Tensor, restore: str | None = None) -> Tensor:
         """(B, 3, H, W) images -> (B, P+N, C) normed tokens, as timm's: a token for every patch.
 
-        restore: residual (each patch its group's token and what it lost by joining), copy (its group's token), or none:
-        (B, P+K, C), the tokens that are left. None takes model.restore, which is residual unless it is set.
+        restore: residual (each patch gets its group's token plus what it lost by joining), copy (its group's token), or
+        none: (B, P+K, C), the tokens that are left. None takes model.restore, which is residual unless it is set.
         """
         tokens, run = self.restored(images, restore, frozenset(), None)
         return self.norm(run.restorer(tokens.x, self.num_prefix_tokens) if run.restorer else tokens.x)
@@ -219,7 +219,7 @@ class TokenPruning(Dynamic):
     ) -> tuple[Tokens, Forward]:
         restore = self.restore if restore is None else restore
         if restore not in RESTORE:
-            raise ValueError(f"restore is {', '.join(RESTORE)}; got {restore!r}")
+            raise ValueError(f"restore must be one of {', '.join(RESTORE)}; got {restore!r}")
         restorer = None if restore == "none" else Restorer(restore)
         run = Forward([], head_alone=False, restorer=restorer, wanted=wanted, taken=[], last=last)
         return self.run_blocks(images, self.shorten(run), run), run
@@ -241,18 +241,18 @@ class TokenPruning(Dynamic):
         """timm's, with a feature for every patch: (B, 3, H, W) images -> (final tokens, feature maps by block).
 
         restore: residual or copy, see forward_features. Raises ValueError for blocks that do not exist, and for
-        attention masks, which a model with stages has no room for.
+        attention masks, which a model with stages makes itself.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("a dynamic model makes its own attention masks; leave attn_mask and is_causal out")
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is NCHW or NLC, got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}")
         if (self.restore if restore is None else restore) == "none":
-            raise ValueError("feature maps need a token for every patch: restore is residual or copy")
+            raise ValueError("feature maps need a token for every patch: restore must be residual or copy")
         try:
             take, last = feature_take_indices(len(self.blocks), indices)
         except AssertionError as error:
-            raise ValueError(f"blocks are 0 to {len(self.blocks) - 1}, got {indices}") from error
+            raise ValueError(f"block numbers are 0 to {len(self.blocks) - 1}, got {indices}") from error
         tokens, run = self.restored(x, restore, frozenset(take), last if stop_early else None)
         taken = [self.norm(y) if norm else y for y in run.taken]
         num_prefix = self.num_prefix_tokens
@@ -318,8 +318,8 @@ class TokenPruning(Dynamic):
             scores = self.scorer(look, self.score_predictor[stage] if self.scorer.learned else None)
             size = look.sizes
             if self.training and self.scorer.probability and self.reducer.merges:
-                # Who is kept is a hard choice without a gradient. But a token's size says how much it counts
-                # in its mean and in every attention from here on, and the probability of keeping it is a soft
+                # Which tokens are kept is a hard choice without a gradient. But a token's size says how much it
+                # counts in its mean and in every attention from here on, and the probability of keeping it is a soft
                 # answer to that same question. So it takes the gradient of the size (straight through: the
                 # value stays), and the predictor learns which tokens should count for more.
                 probability = scores.scores.exp()
@@ -349,23 +349,23 @@ class TokenPruning(Dynamic):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """As timm's; ValueError for a pooling that merged tokens cannot have."""
         if global_pool is not None and global_pool not in POOLINGS:
-            raise ValueError(f"token reduction cannot pool by '{global_pool}'; it can by token, avg and map")
+            raise ValueError(f"token reduction does not work with pooling '{global_pool}'; use token, avg or map")
         super().reset_classifier(num_classes, global_pool)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None, **others: Any) -> None:
         """As timm's, but for another patch size: those weights would be another model's."""
         if patch_size is not None:
-            raise NotImplementedError("the patch size of a dynamic model stays: change the dense model's")
+            raise NotImplementedError("the patch size of a dynamic model cannot change: change the dense model's")
         super().set_input_size(img_size=img_size, **others)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As timm's: cuts the blocks behind the last wanted one, with their stages. ValueError if no stage is left."""
+        """As timm's: cuts the blocks after the last wanted one, with their stages. ValueError if no stage is left."""
         _, last = feature_take_indices(len(self.blocks), indices)
         left = [stage for stage, loc in enumerate(self.pruning_loc) if loc <= last]
         if not left:
-            raise ValueError(f"all stages, {self.pruning_loc}, lie behind block {last}: take the dense model")
+            raise ValueError(f"all stages, {self.pruning_loc}, come after block {last}: use the dense model")
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.pruning_loc, rates = tuple(self.pruning_loc[s] for s in left), tuple(self.keep_rates[s] for s in left)
         self.score_predictor = self.score_predictor[: len(left)]
@@ -409,16 +409,16 @@ def check_stages(vit: nn.Module, adapter: "ViTAdapter", plan: Plan) -> None:
     if not loc or list(loc) != sorted(set(loc)) or not all(0 <= i < depth for i in loc):
         raise ValueError(f"pruning stages must be ascending block numbers in 0..{depth - 1}, got {loc}")
     if plan.place not in PLACES:
-        raise ValueError(f"a stage's place is {' or '.join(PLACES)} its block, got {plan.place!r}")
+        raise ValueError(f"a stage's place must be {' or '.join(PLACES)} its block, got {plan.place!r}")
     if vit.global_pool not in POOLINGS:
-        raise ValueError(f"token pruning cannot pool by '{vit.global_pool}'; it can by token, avg and map")
+        raise ValueError(f"token reduction does not work with pooling '{vit.global_pool}'; use token, avg or map")
     if plan.place == "inside":
         whole = [i for i in loc if adapter.find_split(vit.blocks[i]) is None]
         if whole:
             kind = type(vit.blocks[whole[0]]).__name__
             raise ValueError(f"a {kind} has no place between attention and MLP: stages go before the block")
     if plan.place == "inside" and plan.reducer.hides and scorer.log_probabilities is not None:
-        raise ValueError(f"{scorer} + {plan.reducer} is trained by hiding tokens from whole blocks: place 'before'")
+        raise ValueError(f"{scorer} + {plan.reducer} is trained by hiding tokens from whole blocks: use place 'before'")
     if not scorer.reads_attention(adapter.has_class_token(vit)):
         return
     if observed_block(loc[0], plan.place) < 0:

@@ -16,7 +16,7 @@ from . import kernels
 
 
 class Named:
-    """Scorers and reducers. One equals its name, so that `model.scorer == "distinct"` reads as it should."""
+    """Scorers and reducers. One compares equal to its name, so that `model.scorer == "distinct"` reads as it should."""
 
     name: str
 
@@ -67,8 +67,8 @@ class Reducer(Named):
         raise NotImplementedError
 
     def log_size(self, size: Tensor) -> Tensor:
-        """What is added to attention's scores of tokens of these sizes. (A number for their power would do, were it
-        not for torch 2.7, which cannot compile a second model with another number.)"""
+        """What is added to attention's scores of tokens of these sizes. (A method and not a power, as torch 2.7 cannot
+        compile a second model with another number.)"""
         return size.log()
 
 
@@ -91,8 +91,8 @@ class Merge(Reducer):
 
 
 class MergeKeepingLength(Merge):
-    """Merge, and give each token the mean length of those in it: tokens that point different ways have a short mean,
-    which the next blocks, that add to it, would change too much (after Token Fusion's MLERP, arXiv 2312.01026). In
+    """As merge, but each token gets the mean length of those in it: tokens that point different ways have a short
+    mean, too short beside what the next blocks add to it (after Token Fusion's MLERP, arXiv 2312.01026). In
     attention it counts for a little less than the patches in it, as these are not all alike (docs/scores.md)."""
 
     name = "merge_length"
@@ -234,7 +234,7 @@ def unmerge(tokens: Tensor, place: Tensor) -> Tensor:
 def lost(tokens: Tensor, merged: Tensor, place: Tensor) -> Tensor:
     """What each of the (B, N, C) tokens was beyond what its group among the (B, K, C) merged ones became.
 
-    Added to unmerge's answer it gives the token back; of a dropped token it is all that it was.
+    Added to unmerge's result it gives the token back; for a dropped token it is the whole token.
     """
     return tokens - unmerge(merged, place)
 
@@ -242,10 +242,10 @@ def lost(tokens: Tensor, merged: Tensor, place: Tensor) -> Tensor:
 def cosine_similarity(tokens: Tensor, others: Tensor, rows: Tensor | None = None) -> Tensor:
     """(B, M, C) and (B, K, C) tokens -> (B, M, K) cosines of each with each, in float32.
 
-    Those of a ViT's tokens often differ by less than bfloat16 can tell. rows: (B, M), where tokens are these of others.
+    A ViT's cosines often differ by less than bfloat16 can tell. rows: (B, M), if the tokens are these rows of others.
     """
     device = tokens.device.type
-    # torch 2.11 cannot trace its own question whether a device has autocast; of ours only meta has none.
+    # torch 2.11 cannot trace its own check whether a device has autocast; of our devices only meta has none.
     without_autocast = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
     with without_autocast:
         directions = F.normalize(others.float(), dim=-1)

@@ -22,7 +22,7 @@ class Restorer:
         self.own: Tensor | None = None  # (B, N, C) to be added to the group's token
 
     def note(self, tokens: Tensor, reduced: Reduced, num_prefix: int) -> None:
-        """A stage has turned the (B, M, C) patch tokens into those of reduced."""
+        """Notes that a stage has turned the (B, M, C) patch tokens into those of reduced."""
         place = reduced.places(tokens.shape[1])
         change = lost(tokens, reduced.x[:, num_prefix:], place)
         if not self.residual:  # what a dropped token was when it left is all there is of it

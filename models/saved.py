@@ -80,7 +80,7 @@ logger = logging.getLogger(__name__)
 
 
 def not_finite(model: nn.Module, weights: StateDict) -> str | None:
-    """The name of one that is not a number. In buffers infinity may have a meaning."""
+    """The name of a tensor with values that are not finite. In buffers infinity may have a meaning."""
     parameters = {name for name, _ in model.named_parameters()}
     odd = (n for n, value in weights.items() if value.isnan().any() or (n in parameters and value.isinf().any()))
     return next(odd, None)
@@ -88,7 +88,7 @@ def not_finite(model: nn.Module, weights: StateDict) -> str | None:
 
 def check_savable(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None) -> None:
     if isinstance(class_names, str):
-        raise CheckpointError(f"class names are a list of names, got {shown(class_names)}")
+        raise CheckpointError(f"class names must be a list of names, got {shown(class_names)}")
     if not str(folder):
         raise CheckpointError("the name of the folder to save the model in is empty")
     state = model.state_dict()
@@ -106,8 +106,8 @@ def save_pretrained(
     """Writes model.safetensors and config.json, which from_pretrained reads, and README.md, a model card.
 
     model: from create_model or from_pretrained, or a timm model, made dynamic or not. notes: how the
-    model was made and what it does (recipe="...", accuracy=...), kept for the reader. What was written is read
-    back before it gets its name; a folder that could not be written to its end is refused by from_pretrained.
+    model was made and what it does (recipe="...", accuracy=...), kept for the reader. Files are read back before
+    they get their names; from_pretrained refuses a folder that was not completely written.
     A README.md that somebody else wrote is left as it is. Raises ModelError if the model could not be built again
     from its description, or nothing can be written. A transformers model is written by its own save_pretrained, with
     the stages in its config and a preprocessor_config.json beside it.
@@ -146,7 +146,7 @@ def save_pretrained(
 
 
 def write_card(folder: Path, spec: ModelSpec, notes: Mapping[str, Any], origin: str | None = None) -> None:
-    """Unless there is one that somebody else wrote. origin: see model_card."""
+    """Writes README.md, unless there is one that somebody else wrote. origin: see model_card."""
     if not (folder / CARD).exists() or CARD_MARK in (folder / CARD).read_text(encoding="utf-8", errors="replace"):
         (folder / CARD).write_text(model_card(spec, folder.resolve().name, plain(notes), origin), encoding="utf-8")
 
@@ -167,7 +167,7 @@ def push_to_hub(
     notes: see save_pretrained. token: of the user's account (default: that of `hf auth login`). Raises ModelError.
     """
     if (match := HUB_NAME.fullmatch(name)) is None or match[2]:
-        raise CheckpointError(f"a model on the hub is called user/name, got {shown(name)}")
+        raise CheckpointError(f"a model's name on the hub must be user/name, got {shown(name)}")
     name = match[1]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, name.partition("/")[2]) if isinstance(model, nn.Module) else Path(model)
@@ -213,20 +213,20 @@ def load_transformers(folder: Path) -> nn.Module:
     try:
         make_dynamic(model, **stages)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its config has stages that cannot be ({first_line(error)})") from error
+        raise CheckpointError(f"{folder}: its config has impossible stages ({first_line(error)})") from error
     huggingface.load_predictors(model, folder)
     model.notes = ()
     return model
 
 
 def requirements(spec: ModelSpec) -> list[str]:
-    """What somebody who loads the model has to do before: a line for each method that is not built in."""
+    """What has to be done before the model can be loaded: a line for each method that is not built in."""
     own = [kind for kind, names in BUILT_IN.items() if not spec.dense and getattr(spec, kind) not in names]
     return [f"register its {kind}: {kind.upper()}S[{getattr(spec, kind)!r}] = ..." for kind in own]
 
 
 def looks_like_saved(path: str | Path) -> bool:
-    """Whether from_pretrained is the one to read it, be it whole or not."""
+    """Whether from_pretrained should read it, complete or not."""
     return any((Path(path) / name).is_file() for name in (CONFIG, WEIGHTS))
 
 
@@ -235,7 +235,7 @@ def read_saved(folder: str | Path) -> tuple[ModelSpec, StateDict]:
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise CheckpointError(f"no {name} in {folder}: not a saved model, or one that was not written to its end")
+            raise CheckpointError(f"no {name} in {folder}: not a saved model, or one that was not completely written")
     spec, digest = read_config(folder / CONFIG)
     weights = folder / WEIGHTS
     check_shapes(build_on_meta(spec, folder / CONFIG), weights)
@@ -316,7 +316,9 @@ def parse_config(text: str | bytes, origin: str | Path) -> tuple[ModelSpec, str 
         if "model" not in content and "architecture" in content:
             return spec_of_timm(content), None
         if "model" not in content and {"model_type", "architectures", "transformers_version"} & set(content):
-            raise ModelError("it is of Hugging Face's transformers: dynamicvit accelerate, predict and export take it")
+            raise ModelError(
+                "it is a Hugging Face transformers model: dynamicvit accelerate, predict and export take it"
+            )
         spec = ModelSpec.from_dict(content["model"])
         digest = str(content["sha256"])
     except Exception as error:  # a hostile file can be wrong in any way, down to numbers of thousands of digits
@@ -335,7 +337,7 @@ def spec_of_timm(content: Mapping[str, Any]) -> ModelSpec:
     """Of the config.json that timm writes. Raises ModelError for what a description does not have."""
     weights, arguments = content["pretrained_cfg"], content.get("model_args", {})
     if strange := [n for n in arguments if n not in TIMM_ARGUMENTS and (n, arguments[n]) != ("in_chans", 3)]:
-        raise ModelError(f"timm's model was built with {strange[0]}; build it with timm, and make that dynamic")
+        raise ModelError(f"timm's model was built with {strange[0]}; build it with timm, and make the result dynamic")
     tagged = f"{content['architecture']}.{weights.get('tag')}"
     spec = ModelSpec(
         arch=tagged if is_model_pretrained(tagged) else content["architecture"],
@@ -404,7 +406,7 @@ def download(name: str, revision: str | None) -> Path:
         raise
     except Exception as error:  # no network, no such model, no permission, no space: each with a type of its own
         raise CheckpointError(
-            f"no folder {name}, and no such model could be had from the Hugging Face hub ({first_line(error)})"
+            f"no folder {name}, and no such model could be fetched from the Hugging Face hub ({first_line(error)})"
         ) from error
     if config.parent != weights.parent:
         raise CheckpointError(f"{name} was changed on the hub while it was downloaded; try again")
@@ -413,7 +415,7 @@ def download(name: str, revision: str | None) -> Path:
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """Within it, a hub that does not answer in time is not asked again and again: its cache alone is used."""
+    """Inside, only the cache is used if the hub does not answer in time, so that it is not tried again and again."""
     from huggingface_hub import constants, get_session
 
     before = constants.HF_HUB_OFFLINE

@@ -22,7 +22,7 @@ class Attention(NamedTuple):
     queries: Tensor  # (B, H, P+N, D)
     keys: Tensor  # (B, H or fewer, P+N, D)
     scale: float
-    rotate: Callable[[Tensor], Tensor]  # queries or keys as they meet each other: turned where there is RoPE
+    rotate: Callable[[Tensor], Tensor]  # queries or keys as they are multiplied: rotated where there is RoPE
 
 
 @dataclass
@@ -57,7 +57,7 @@ def sizes_or_ones(size: Tensor | None, like: Tensor) -> Tensor:
 
 
 class Scorer(Named):
-    """Base of all scorers. Your own one:
+    """Base of all scorers. To write your own:
 
         class Norm(Scorer):
             name = "norm"
@@ -90,7 +90,7 @@ class Scorer(Named):
 
 
 class Float32LogSoftmax(nn.LogSoftmax):
-    """Log-probabilities near log(1/2) would mostly be one and the same number in bfloat16."""
+    """In float32, as log-probabilities near log(1/2) would mostly be the same number in bfloat16."""
 
     def forward(self, logits: Tensor) -> Tensor:
         return super().forward(logits.float())
@@ -177,8 +177,8 @@ class DistinctScorer(Scorer):
 
 
 class FewDistinctScorer(DistinctScorer):
-    """As distinct, but only the least important tokens are compared with the others, twice as many as have to leave;
-    the rest stays. That takes half of the arithmetic, and as those it keeps are important, errs less, too."""
+    """As distinct, but only the least important tokens, twice as many as have to leave, are compared with the others;
+    the rest stays. That halves the arithmetic, and errs less, too, as the tokens that stay are important."""
 
     name = "distinct_few"
     compared = 2
@@ -314,7 +314,7 @@ def distinct_scores(
 
 
 def above_all(importance: Tensor, rows: Tensor, scores: Tensor) -> Tensor:
-    """(B, N) scores: these (B, M) in these rows, and higher ones for all other tokens, in the order of importance."""
+    """(B, N) scores: the given (B, M) in the given rows, and higher ones for all others, in the order of importance."""
     # no score is above twice the largest importance, as no cosine distance is above 2
     return (importance + 2 * importance.amax(dim=1, keepdim=True)).scatter(1, rows, scores)
 

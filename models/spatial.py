@@ -64,8 +64,8 @@ def select(chosen: Tensor, other: Tensor, mask: Tensor) -> Tensor:
 
 
 class DynamicBlock:
-    """Mixin for a timm block, whose family defines mix, which lets locations see each other, and slow, the MLP's way.
-    mix_is_residual: what slow or the fast path gives is added to the result of mix, else to the block's input."""
+    """Mixin for a timm block. Subclasses define mix, which lets locations see each other, and slow, the way through
+    the MLP. mix_is_residual: the output of slow or the fast path is added to that of mix, else to the block's input."""
 
     def forward_routed(self, x: Tensor, kept: Tensor, dropped: Tensor, back: Tensor) -> Tensor:
         """Evaluation: each location of the (B, H, W, C) map goes one way; see route."""
@@ -111,7 +111,7 @@ class DynamicConvNeXtBlock(DynamicBlock, convnext.ConvNeXtBlock):
 
 
 class FastPath(Reducer):
-    """Stands in the place of a reducer: what is not kept stays, on a shorter way."""
+    """Takes the place of a reducer: what is not kept stays, but goes a shorter way."""
 
     name = "fast path"
 
@@ -242,7 +242,7 @@ class SpatialAdapter:
         """Those before which stages can be: the third stage's."""
         stages = self.stages(backbone)
         if len(stages) <= STAGE:
-            raise ValueError(f"spatial sparsification is for the third stage, and this model has {len(stages)}")
+            raise ValueError(f"spatial sparsification needs a third stage, and this model has {len(stages)}")
         return stages[STAGE].blocks
 
     def default_pruning_loc(self, backbone: nn.Module) -> tuple[int, ...]:
@@ -268,8 +268,8 @@ class SpatialAdapter:
     def make_dynamic(self, backbone: nn.Module, plan: Plan) -> nn.Module:
         """plan.pruning_loc: the third stage's blocks with a predictor before them. plan.keep_rates: the share of all
         its locations that each predictor keeps. plan.merge_streams: in training, when a predictor decides anew,
-        locations go on from their true values, as in evaluation; as published, one that comes back goes on from the
-        kept stream's, and the other way round. Every check comes before the first change."""
+        locations continue from their true values, as in evaluation; as published, one that is kept again continues
+        from the kept stream's value, and the other way round. Every check comes before the first change."""
         loc, blocks = plan.pruning_loc, self.blocks(backbone)
         check_own_methods(backbone, self.mixin)
         if (plan.scorer, plan.reducer, plan.place) != ("predictor", "drop", "before"):
@@ -278,7 +278,7 @@ class SpatialAdapter:
                 f"{plan.reducer} {plan.place} them"
             )
         if not loc or not set(loc) <= set(range(len(blocks))) or sorted(set(loc)) != [*loc]:
-            raise ValueError(f"predictors stand before ascending blocks of 0..{len(blocks) - 1}, got {loc}")
+            raise ValueError(f"predictors need ascending block numbers in 0..{len(blocks) - 1}, got {loc}")
         keep_rates = as_rates(plan.keep_rates, len(loc))
         backbone.__class__ = dynamic_class(self.mixin, type(backbone))
         backbone.adapter, backbone.pruning_loc, backbone.merge_streams = self, loc, plan.merge_streams
@@ -296,7 +296,7 @@ class SpatialAdapter:
         try:
             weights = self.filter_names(weights, model)
         except (AttributeError, KeyError, RuntimeError):
-            return weights  # of another model: whoever loads them will say so by name
+            return weights  # of another model: loading them will name what does not fit
         mapped = {}
         for name, value in weights.items():
             name = name.replace("layers.2.score_predictor.", "score_predictor.").replace("fastmlp.fc1.", "fast_path.")
@@ -339,7 +339,7 @@ class ConvNeXtAdapter(SpatialAdapter):
         block.fast_path = nn.Sequential(nn.LayerNorm(dim, eps), nn.Linear(dim, dim), LayerScale(dim, 1e-6))
 
     def split_outputs(self, backbone: ConvNeXt, x: Tensor) -> tuple[Tensor, Tensor]:
-        # that norm is in its head, behind the pooling, or else in norm_pre
+        # that norm is in its head, after the pooling, or else in norm_pre
         features = getattr(backbone.head, "norm", nn.Identity())(x).permute(0, 2, 3, 1)
         return backbone.forward_head(x), features.flatten(1, 2)
 

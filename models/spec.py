@@ -81,10 +81,10 @@ class ModelSpec:
 
     None stands for the architecture's own value; the spec of a model that is built has none of them
     left but class_names. sizes holds what differs from the architecture: embed_dim, depth(s), num_heads,
-    mlp_ratio, patch_size, window_size. keep_rates, if given, go before base_rate. place: of the stages, before their
+    mlp_ratio, patch_size, window_size. keep_rates, if given, override base_rate. place: of the stages, before their
     blocks or inside. global_pool: timm's name of a pooling that reset_classifier has chosen, None for the
     architecture's own.
-    Raises ModelError where a value cannot be.
+    Raises ModelError for a value that is impossible.
     """
 
     arch: str = "deit_small"
@@ -112,22 +112,22 @@ class ModelSpec:
                 raise ModelError(f"not the name of {what}: {shown(word)}")
         for name in ("dense", "merge_streams"):
             if not isinstance(getattr(self, name), bool):
-                raise ModelError(f"{name} is true or false, got {shown(getattr(self, name))}")
+                raise ModelError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         if self.place not in PLACES:
-            raise ModelError(f"stages stand {' or '.join(PLACES)} blocks, got {shown(self.place)}")
+            raise ModelError(f"stages must be {' or '.join(PLACES)} blocks, got {shown(self.place)}")
         if self.global_pool is not None and not (is_printable(self.global_pool) and len(self.global_pool) < 20):
             raise ModelError(f"not the name of a pooling: {shown(self.global_pool)}")
         if not isinstance(self.sizes, Mapping):
-            raise ModelError(f"sizes have names, got {shown(self.sizes)}")
+            raise ModelError(f"sizes must have names, got {shown(self.sizes)}")
         for name, value in {"num_classes": self.num_classes, "img_size": self.img_size, **self.sizes}.items():
             check_size(name, value)
         check_rates("base rate", (self.base_rate,))
         if self.keep_rates is not None:
             check_rates("keep_rates", self.keep_rates)
         if self.pruning_loc is not None and not is_list_of(self.pruning_loc, is_whole):
-            raise ModelError(f"pruning_loc is the numbers of blocks, got {shown(self.pruning_loc)}")
+            raise ModelError(f"pruning_loc must be block numbers, got {shown(self.pruning_loc)}")
         if self.preprocessing is not None and not isinstance(self.preprocessing, Preprocessing):
-            raise ModelError(f"not a preprocessing: {shown(self.preprocessing)}")
+            raise ModelError(f"not a valid preprocessing: {shown(self.preprocessing)}")
         if self.class_names is not None and not is_list_of(self.class_names, is_printable):
             raise ModelError("class names must be strings that can be printed on one line")
 
@@ -142,7 +142,7 @@ class ModelSpec:
     def from_dict(cls, content: Mapping[str, Any]) -> "ModelSpec":
         """What to_dict gave. Raises ModelError for unknown fields and for values of another kind."""
         if not isinstance(content, Mapping):
-            raise ModelError(f"a model's description has named fields, got {shown(content)}")
+            raise ModelError(f"a model's description must have named fields, got {shown(content)}")
         if unknown := [name for name in content if name not in {f.name for f in fields(cls)}]:
             raise ModelError(f"a model's description has no field {shown(unknown[0])}")
         try:
@@ -156,7 +156,7 @@ class ModelSpec:
             raise ModelError(f"a model's description cannot be read ({error})") from error
 
     def differences(self, other: "ModelSpec") -> list[str]:
-        """What the other one has otherwise, as "name ours -> theirs"; what it leaves open is not among them."""
+        """Where the other one differs, as "name ours -> theirs"; fields that it leaves open do not count."""
         return [
             f"{f.name} {getattr(self, f.name)} -> {getattr(other, f.name)}"
             for f in fields(self)
@@ -169,12 +169,12 @@ class ModelSpec:
 
 
 def without_newer_defaults(content: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Without the newer fields that say what goes without saying, so that older versions can read the rest."""
+    """Leaves out newer fields that have their default, so that older versions can read the rest."""
     return {name: value for name, value in content.items() if name not in NEWER or value != getattr(kind, name)}
 
 
 def check_values(spec: ModelSpec) -> None:
-    """What a description is asked only when it is whole. Raises ModelError."""
+    """The checks that need a complete description. Raises ModelError."""
     if (how := spec.preprocessing) is not None:
         colours = all(is_list_of(values, is_number) and len(values) == 3 for values in (how.mean, how.std))
         usable = (
@@ -197,11 +197,11 @@ def check_size(name: str, value: Any) -> None:
         raise ModelError(f"a model has no size called {shown(name)}")
     several = isinstance(value, tuple)
     if name == "img_size" and several and len(value) != 2:
-        raise ModelError(f"img_size is one number or (height, width), got {shown(value)}")
+        raise ModelError(f"img_size must be one number or (height, width), got {shown(value)}")
     if (name == "depths" and value is not None and not several) or (several and not 1 < len(value) <= 4):
-        raise ModelError(f"{name}: a size is a number, or up to four numbers, one a stage; got {shown(value)}")
+        raise ModelError(f"{name} must be a number, or up to four numbers, one per stage; got {shown(value)}")
     if name in ("depths", "num_heads") and several and len(value) != 4:
-        raise ModelError(f"{name} is four numbers, one a stage; got {shown(value)}")
+        raise ModelError(f"{name} must be four numbers, one per stage; got {shown(value)}")
     lowest = 0 if name == "num_classes" else 1e-9  # no classes: the model gives embeddings
     for number in value if several else (value,):
         if number is None:

@@ -1,4 +1,4 @@
-"""Where stages go and how many tokens they keep, for a wished speed-up in multiply-adds: the one rule."""
+"""Where stages go and how many tokens they keep for a given speed-up in multiply-adds: the one rule."""
 
 import copy
 import math
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from .families import Family
 
 MAX_STAGES = 12  # in a deep model they are spread
-FEWEST_TOKENS = 0.03  # share of the patches that is kept in any case
+FEWEST_TOKENS = 0.03  # share of the patches that is always kept
 LOWEST_RATE = 0.5  # the smallest share of its tokens that a stage may keep
 BISECTIONS = 16
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is taken where nothing else is said."""
+    """What is taken by default."""
 
     scorer: str = "distinct_few"
     reducer: str = "merge_length"
@@ -38,13 +38,14 @@ FOR_FEATURES = Choice(scorer="outlying", place="before", features=True)
 
 
 def spread(depth: int, speedup: float, place: str, most: int = MAX_STAGES, features: bool = False) -> tuple[int, ...]:
-    """Blocks of the stages: one after the other to the end, the first one the earlier the more is wanted.
+    """Blocks of the stages: one after the other to the end; the greater the speed-up, the earlier the first one.
 
-    The first is what measured best with DeiT-Tiny. For its prediction block 4 of 12 at 1.33 times fewer multiply-adds,
-    3 at 1.69, 2 at 2.0, 1 from 2.5 on (500 photos, docs/scores.md): before a quarter of the depth class attention says
-    little, but late stages alone would have to leave too few tokens. For all features block 6 at 1.3, 3 at 1.6 and 2.0,
-    2 at 2.6 (docs/features.md), where each stage keeps about four fifths of its tokens. Inside the last block a stage
-    would save nothing where its MLP runs for the class token alone. most: stages; fewer of them take less time.
+    The first block is what measured best with DeiT-Tiny. For its prediction: block 4 of 12 at 1.33 times fewer
+    multiply-adds, 3 at 1.69, 2 at 2.0, 1 from 2.5 on (500 photos, docs/scores.md). In the first quarter of the depth
+    class attention says little, but late stages alone would have to leave too few tokens. For all features: block 6 at
+    1.3, 3 at 1.6 and 2.0, 2 at 2.6 (docs/features.md), where each stage keeps about four fifths of its tokens. Inside
+    the last block a stage would save nothing where its MLP runs for the class token alone. most: the largest number of
+    stages; fewer of them take less time.
     """
     end = depth - (place == "inside" and not features)
     share = min(0.108 / (1 - 1 / speedup), 2 / 3) if features else 0.7 / speedup - 1 / 6
@@ -63,7 +64,7 @@ def choose(
     pruning_loc: Sequence[int] | None = None,
     choice: Choice = FOR_SPEED,
 ) -> Plan:
-    """The plan that makes a dense backbone so many times cheaper in multiply-adds: its prediction, or all features.
+    """The plan that makes a dense backbone `speedup` times cheaper in multiply-adds: its prediction, or all features.
 
     Raises ValueError for a speed-up that would leave too few tokens.
     """
@@ -102,18 +103,18 @@ def image_size_of(backbone: nn.Module) -> tuple[int, int]:
 
 
 def solve(gflops_at: Callable[[float], float], dense_gflops: float, speedup: float, what: str) -> float:
-    """The largest base rate, down to LOWEST_RATE, at which the model is so many times cheaper than dense."""
+    """The largest base rate, down to LOWEST_RATE, at which the model is `speedup` times cheaper than dense."""
     largest = math.floor(100 * dense_gflops / gflops_at(LOWEST_RATE)) / 100
     if speedup > largest:
         raise ValueError(
             f"a speed-up of {speedup:g} would leave too few tokens of this {what}; at most {largest:.3g} "
-            "(by hand: pruning_loc and keep_rates)"
+            "(to choose by hand, give pruning_loc and keep_rates)"
         )
     return largest_rate(gflops_at, dense_gflops / speedup)
 
 
 def largest_rate(gflops_at: Callable[[float], float], limit: float) -> float:
-    """The largest base rate that costs at most so much, or LOWEST_RATE where even that costs more."""
+    """The largest base rate that costs at most the limit, or LOWEST_RATE if even that costs more."""
     low, high = LOWEST_RATE, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

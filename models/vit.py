@@ -85,7 +85,7 @@ class ViTAdapter:
         return self.find_split(block)(block, lambda x: block.attn(x, **arguments))
 
     def rotate(self, vit: VisionTransformer, i: int, attention: nn.Module, x: Tensor, tokens: Tokens) -> Tensor:
-        """(B, heads, P+K, D) queries or keys of block i as they meet each other; rotated where there is RoPE."""
+        """(B, heads, P+K, D) queries or keys of block i as they are multiplied: rotated where there is RoPE."""
         return x
 
     def observed(self, vit: VisionTransformer, i: int, tokens: Tokens) -> list[Attention]:

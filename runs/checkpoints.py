@@ -54,12 +54,12 @@ class RunState:
 
     @classmethod
     def from_content(cls, content: dict[str, Any]) -> "RunState":
-        """Raises UserError for a file that holds no whole run of this program."""
+        """Raises UserError for a file that does not hold a complete run of this program."""
         known = {f.name for f in fields(Progress)}
         needed = {f.name for f in fields(cls)} - {"progress", "spec"} | {"epoch", "images", "history"}
         missing = sorted(needed - set(content))
         if "optimizer" in missing:
-            raise UserError("the file to resume holds no run of this program; start from its weights with --pretrained")
+            raise UserError("the file to resume is not a run of this program; start from its weights with --pretrained")
         if missing or (content["epoch"] and not content["history"]) or not content["sums"]:
             lack = ", ".join(missing) or ("history" if content["sums"] else "sums")
             raise UserError(f"the file to resume lacks a part ({lack}); start from its weights with --pretrained")
@@ -67,7 +67,7 @@ class RunState:
         wrong = [name for name in sorted((needed | known) & set(content)) if not fits(content[name], hints[name])]
         if wrong:
             raise UserError(
-                f"the file to resume is not whole ({wrong[0]} is none of a run's); start from its weights with "
+                f"the file to resume is damaged (its {wrong[0]} is not a run's); start from its weights with "
                 "--pretrained"
             )
         progress = Progress(**{name: content[name] for name in known if name in content})
@@ -76,7 +76,7 @@ class RunState:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether what a file holds is of a field's type; numbers are not negative where they are whole."""
+    """Whether a value from a file is of a field's type; whole numbers must not be negative."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind is UnionType:
         return any(fits(value, other) for other in inner)
@@ -98,11 +98,11 @@ class Place:
     evaluating: bool
 
 
-Changes = Callable[[dict[str, Any]], list[str]]  # a checkpoint's content -> what this command asks for otherwise
+Changes = Callable[[dict[str, Any]], list[str]]  # a checkpoint's content -> where this command differs from it
 
 
 def find_checkpoint(place: Place, changes: Changes) -> Path | None:
-    """The file to resume, as this machine's file system has it.
+    """The file to resume, as far as this machine's file system shows it.
 
     An earlier run in --output-dir is resumed or left alone, never overwritten: UserError.
     """
@@ -131,7 +131,7 @@ def read_run(place: Place, changes: Changes) -> dict[str, Any] | None:
 
     Machines need not share a file system, and after a restart rank 0 may be on another one than
     before: the newest file that any of them holds counts. A process that sees it reads it itself;
-    the others get it sent.
+    the others receive it.
     """
     _, unwritable = attempt(make_writable, place)
     path, error = attempt(find_checkpoint, place, changes)
@@ -176,7 +176,7 @@ NOT_WANTED, NOT_THERE = (-1, 0), (0, 0)
 
 
 def modification(path: Path | None) -> tuple[int, int]:
-    """(time in ns, bytes) tell one file from another one."""
+    """(time in ns, bytes), which tell one file from another."""
     if path is None:
         return NOT_WANTED
     return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else NOT_THERE
@@ -241,7 +241,7 @@ class CheckpointWriter:
                 warn(f"{error}; training goes on")
 
     def wait(self) -> None:
-        """Until all is on disk; raises UserError if that cannot be."""
+        """Waits until all is on disk; raises UserError if that is impossible."""
         if self.pending is not None:
             self.pending.result()
         for name, content in self.unwritten.items():

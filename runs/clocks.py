@@ -8,7 +8,7 @@ from dynamicvit.errors import UserError
 
 
 class SaveClock:
-    """Tells when a checkpoint is due: every so many steps, or minutes ("15m"); "0": never."""
+    """Tells when a checkpoint is due: every 500 steps ("500") or 15 minutes ("15m"), for instance; "0": never."""
 
     def __init__(self, frequency: str) -> None:
         """Raises UserError for anything else."""
@@ -18,7 +18,7 @@ class SaveClock:
         except ValueError:
             self.interval = -1
         if not 0 <= self.interval < math.inf:
-            raise UserError(f"--save-freq is a number of steps (500) or of minutes (15m), got {frequency}")
+            raise UserError(f"--save-freq must be a number of steps (500) or of minutes (15m), got {frequency}")
         self.restart()
 
     def restart(self) -> None:

@@ -19,7 +19,7 @@ NUM_PICTURES, NUM_HISTOGRAM_IMAGES = 4, 32  # validation images, the same ones e
 
 
 class Output:
-    """Written by rank 0 only; by nobody where there is no --output-dir."""
+    """Written by rank 0 only; not written without an --output-dir."""
 
     def __init__(self, output_dir: str, progress: Progress, val_set: AugmentedDataset) -> None:
         self.folder = Path(output_dir)
@@ -32,7 +32,7 @@ class Output:
             self.write_log(progress.history)
         except OSError as error:
             raise UserError(f"cannot write to --output-dir {output_dir} ({error.strerror})") from error
-        # from all over the set, as its first images are often of one class
+        # spread over the set, as its first images are often of one class
         spread = range(0, len(val_set), -(-len(val_set) // NUM_HISTOGRAM_IMAGES))
         self.sample = torch.stack([val_set[i][0] for i in spread])
 
@@ -41,7 +41,7 @@ class Output:
             self.checkpoints.save(state, names)
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
-        """A line of JSON an epoch; whole at any moment, and written anew each time, so that a run killed in
+        """A line of JSON per epoch; whole at any moment, and written anew each time, so that a run killed in
         between leaves no line twice."""
         write_whole(self.folder / "log.txt", "".join(json.dumps(record) + "\n" for record in history))
 
@@ -76,7 +76,7 @@ class Output:
         self.events.flush()
 
     def _try_pictures(self, model: nn.Module, epoch: int) -> None:
-        """A picture is worth a warning, never a run; a full disk is warn_if_disk_full's."""
+        """Pictures that fail cost a warning, never the run; warn_if_disk_full handles a full disk."""
         try:
             self._write_pictures(model, epoch)
         except OSError:

@@ -24,7 +24,7 @@ from dynamicvit.utils import get_world_size, is_main_process, log, max_over_proc
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-Record = dict[str, float]  # what log.txt says of an epoch
+Record = dict[str, float]  # what log.txt says about an epoch
 COLUMNS = {  # of the summary
     "top1": Column("top-1 %", ".2f", 9),
     "top5": Column("top-5 %", ".2f", 9),
@@ -36,7 +36,7 @@ COLUMNS = {  # of the summary
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run is told beside its recipe."""
+    """A run's settings other than its recipe."""
 
     place: Place
     epochs: int
@@ -103,7 +103,7 @@ class Run:
         """Trains, and returns the best epoch's record. Raises Stopped at a signal, with all saved."""
         try:
             if self.dense is not None and self.progress.dense is None:
-                # beside itself, as without labels there is nothing else to compare it with
+                # with itself, as without labels there is nothing else to compare it with
                 self.progress.dense = self.evaluate(self.dense, self.dense if self.options.compare_with_dense else None)
                 report_accuracy("dense teacher", self.progress.dense)
             eta = Eta(self.num_steps - self.progress.epoch * self.options.steps_per_epoch - self.first_step)
@@ -124,19 +124,19 @@ class Run:
             self.output.close()
 
     def train_epoch(self, eta: Eta) -> tuple[Record, float]:
-        """Returns what log.txt says of the epoch's training, and the pace in images/s."""
+        """Returns what log.txt says about the epoch's training, and the pace in images/s."""
         epoch, steps = self.progress.epoch, range(self.first_step, self.options.steps_per_epoch)
         step_images = self.train_loader.batch_size * self.trainer.update_freq
         self.train_loader.sampler.set_epoch(epoch, start=steps.start * step_images)
         stats, pace = train_one_epoch(self.trainer, self.train_loader, epoch, steps, eta, self.sums, self.after_step)
         if not math.isfinite(stats["loss"]):
-            raise Diverged(f"no step of epoch {epoch} had a loss that is finite")
+            raise Diverged(f"no step of epoch {epoch} had a finite loss")
         rates = {f"lr/{group['name']}": group["lr"] for group in self.trainer.optimizer.param_groups}
         return {"epoch": epoch} | rates | {f"train/{name}": value for name, value in stats.items()}, pace
 
     def after_step(self, done: int) -> None:
-        """Saves and stops where that is asked for. Processes agree on it while the next step runs, so
-        that none waits for the others."""
+        """Saves and stops when asked to. Processes agree on it while the next step runs, so that none
+        waits for the others."""
         self.progress.images = done * self.options.step_images
         is_last = done == self.options.steps_per_epoch
         stopping, saving = self.agreed_to_stop().tolist()
@@ -159,7 +159,7 @@ class Run:
         raise Stopped(f"{self.stop.name or 'a signal'} received: {outcome}")
 
     def validate(self) -> Record:
-        """Returns what log.txt says of it, for the weights and for their moving average."""
+        """Returns what log.txt says about it, for the weights and for their moving average."""
         record = {}
         for name, weights in (("val", self.model), ("val_ema", self.trainer.ema and self.trainer.ema.module)):
             if weights is not None:
@@ -231,12 +231,12 @@ def restore(trainer: Trainer, state: RunState) -> RunningMeans:
     decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
     try:
         trainer.optimizer.load_state_dict(state.optimizer)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever the file holds in its place
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever the file holds instead
         raise UserError(
             "the run to resume trained a different kind of model; pass its checkpoint as --pretrained instead"
         ) from error
     for group, decay in zip(trainer.optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay  # as asked for now; the learning rates are set anew at every step
+        group["weight_decay"] = decay  # as this command asks for; the learning rates are set anew at every step
     load_weights(unwrap(trainer.model), state.model)
     if trainer.ema is not None:
         load_weights(trainer.ema.module, state.model_ema or state.model)
@@ -244,7 +244,9 @@ def restore(trainer: Trainer, state: RunState) -> RunningMeans:
         trainer.scaler.load_state_dict(state.scaler)
     before, now = len(state.sums), get_world_size()
     if before != now:
-        log(f"resumed with {now} process(es) instead of {before}: the global batch and the learning rate follow")
+        log(
+            f"resumed with {now} process(es) instead of {before}: the global batch and the learning rate change with it"
+        )
     sums = RunningMeans(trainer.device)
     sums.load(state.sums)
     return sums

@@ -41,7 +41,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 RUN = "run"
-# Flags that say what the model is; a checkpoint says it, too.
+# Flags that say what the model is, as a checkpoint does, too.
 MODEL_FLAGS = {f.name for f in settings_in(ModelFlags)} - {"pretrained"}
 # Flags about where and how a run is executed: it may be resumed with other values of these.
 # num_classes is among them as the data tells it only later; weights that do not fit are refused anyway.
@@ -49,7 +49,7 @@ MAY_CHANGE = {
     *("resume", "eval", "dist_eval", "output_dir", "data_path", "num_classes", "compile"),
     *("device", "num_workers", "print_freq", "save_freq", "skip_bad_images"),
 }
-# Flags of the published scripts that are gone: what to use instead.
+# Flags of the published scripts that no longer exist: what to use instead.
 RENAMED = {
     "--ratiow": "use --ratio-weight",
     "--distillw": "use --distill-weight",
@@ -82,7 +82,7 @@ RENAMED = {
 
 
 def save_frequency(word: str) -> str:
-    SaveClock(word)  # knows what is one
+    SaveClock(word)  # raises for anything else
     return word
 
 
@@ -102,7 +102,7 @@ class RunFlags:
     print_freq: int = setting(50, "steps between progress lines", STEPS, group=RUN)
     save_freq: str = setting(
         "0",
-        "steps (500) or minutes (15m) between checkpoints; 0: ends of epochs only",
+        "steps (500) or minutes (15m) between checkpoints; 0: only when an epoch ends",
         group=RUN,
         read=save_frequency,
     )
@@ -154,8 +154,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Flags:
 
 @dataclass(frozen=True)
 class Start:
-    """spec: of the model, with its classes. weights: of the dense model that it starts or learns from, None where
-    nobody needs them. earlier: the content of the checkpoint to resume or to evaluate, None for a new run. sources:
+    """spec: of the model, with its classes. weights: of the dense model that it starts or learns from, None if they
+    are not needed. earlier: the content of the checkpoint to resume or to evaluate, None for a new run. sources:
     images by "training" and "validation". settings: all flags with their values, for checkpoints and TensorBoard."""
 
     spec: ModelSpec
@@ -178,7 +178,7 @@ class Start:
 
 
 def find_start(flags: Flags) -> Start:
-    """The model is as its checkpoint says, but for what the flags say. Raises UserError and ModelError."""
+    """The model is as its checkpoint says, except where the flags say otherwise. Raises UserError and ModelError."""
     evaluating = flags.run.eval
     earlier = read_run(flags.run.place, partial(changes, flags))
     content = earlier or (read_checkpoint(flags.model.pretrained) if flags.model.pretrained else {})
@@ -199,7 +199,7 @@ def find_start(flags: Flags) -> Start:
     classes = sources["validation"].classes
     embeddings = trained is not None and gives_embeddings(replace(spec, num_classes=trained))
     if embeddings and labelled:
-        raise UserError("the model gives embeddings, which labels say nothing of: use --cls-weight 0 --distill")
+        raise UserError("the model gives embeddings, which labels cannot train: use --cls-weight 0 --distill")
     num_classes = trained if embeddings else count_classes(flags, len(classes), trained)
     names = choose_class_names(spec, classes if labelled else (), num_classes, evaluating)
     return Start(
@@ -216,7 +216,7 @@ def find_start(flags: Flags) -> Start:
 
 
 def describe(flags: ModelFlags, base: ModelSpec | None, resumed: bool, evaluating: bool) -> ModelSpec:
-    """What the flags say of the model, and a checkpoint's description (base) where they say nothing.
+    """What the flags say about the model, and a checkpoint's description (base) where they say nothing.
 
     resumed: the checkpoint is that of the model itself, and not of a dense one that it starts from.
     """
@@ -230,9 +230,9 @@ def describe(flags: ModelFlags, base: ModelSpec | None, resumed: bool, evaluatin
 
 
 def with_flags(flags: ModelFlags, base: ModelSpec, dense: bool) -> ModelSpec:
-    """The model as base says it, but for what the flags say."""
+    """The model as base describes it, except where the flags say otherwise."""
     if flags.arch not in (None, base.arch):
-        base = ModelSpec(flags.arch, base.base_rate, num_classes=base.num_classes)  # its sizes are another one's
+        base = ModelSpec(flags.arch, base.base_rate, num_classes=base.num_classes)  # without another one's sizes
     sizes = {name: one_or_tuple(getattr(flags, name)) for name in SIZES if getattr(flags, name) is not None}
     said = {"sizes": {**base.sizes, **sizes}, "dense": dense, "img_size": flags.input_size}
     said |= {"scorer": flags.scorer, "reducer": flags.reducer, "place": flags.place, "base_rate": flags.base_rate}
@@ -251,14 +251,14 @@ def one_or_tuple(value: Any) -> Any:
 
 
 def choose_recipe(flags: Flags, spec: ModelSpec) -> tuple[Recipe, Augmentation]:
-    """The recipe that is asked for, or the model's, with the values that are given."""
+    """The recipe that is asked for, or else the model's, with the values that are given."""
     entry = RECIPES[flags.recipe.get("recipe") or default_recipe(spec)]
     values = {**entry.for_models_of.get(paper_of(spec.arch), {}), **flags.recipe}
     return replace(entry.recipe, **values), replace(entry.augmentation, **flags.augmentation)
 
 
 def default_recipe(spec: ModelSpec) -> str:
-    """The paper's that the model is from; without predictors to train, the one without labels."""
+    """That of the model's paper; without predictors to train, the one without labels."""
     learned = spec.scorer not in SCORERS or SCORERS[spec.scorer].learned
     return paper_of(spec.arch) if spec.dense or learned else "label-free"
 
@@ -268,7 +268,7 @@ def paper_of(arch: str) -> str:
     """The recipe of the paper that a family of backbones is from; of one that cannot be dynamic, the first paper's."""
     try:
         check_known(arch)
-    except ValueError:  # a name that is not known is refused later, with all that is wrong
+    except ValueError:  # an unknown name is refused later, with all that is wrong
         return "neurips"
     return family_of_name(arch).recipe
 
@@ -302,7 +302,7 @@ def equal(a: Any, b: Any) -> bool:
 def read_weights(
     file: str | None, spec: ModelSpec, content: dict[str, Any], resumed: bool, evaluating: bool, distill: bool
 ) -> StateDict | None:
-    """The dense model's; None where nobody needs them. content: of what is resumed, else of the file."""
+    """The dense model's weights; None if they are not needed. content: of what is resumed, else of the file."""
     from_scratch = spec.dense and not file and not evaluating
     if from_scratch or (resumed and not (file if evaluating else distill)):
         return None
@@ -317,12 +317,12 @@ def count_classes(flags: Flags, known: int, trained: int | None) -> int:
     weights, None where a new classifier is to be trained."""
     wanted = flags.data.num_classes or known or trained
     if wanted is None:
-        raise UserError("the images have no labels, which a model without trained weights needs")
+        raise UserError("the images have no labels, but a model without trained weights needs them")
     if wanted < known:
         raise UserError(f"--num-classes {wanted} is less than the {known} classes of the data set")
     if trained not in (None, wanted):
         raise UserError(
-            f"{flags.model.pretrained or 'the weights file'} knows {trained} classes, the data set has {wanted}: "
+            f"{flags.model.pretrained or 'the weights file'} is for {trained} classes, but the data set has {wanted}: "
             "train a dense model on it first (--dense --pretrained FILE) and start from that"
         )
     return wanted
@@ -346,8 +346,8 @@ RUNS = Path("logs")  # where the newest run is looked for
 def load_trained_model(flags: ModelFlags, resume: str | None) -> tuple[nn.Module, bool, dict[str, Any]]:
     """A model in eval mode, whether what it has beside its dense backbone is trained, and its run's flags.
 
-    The model is as its checkpoint says, but for what the flags say. For tools. resume: a checkpoint, a run's folder
-    or a saved model's; None: the newest run under logs/, unless the flags name weights. Raises UserError.
+    The model is as its checkpoint says, except where the flags say otherwise. For tools. resume: a checkpoint, a
+    run's folder or a saved model's; None: the newest run under logs/, unless the flags name weights. Raises UserError.
     """
     source = flags.pretrained or resume or newest_run()
     content = read_checkpoint(source)
@@ -356,8 +356,8 @@ def load_trained_model(flags: ModelFlags, resume: str | None) -> tuple[nn.Module
         raise UserError(f"{source} does not name its architecture; add --arch")
     base = base or ModelSpec(flags.arch, num_classes=num_classes_of(weights))
     if resume and base.dense:
-        raise UserError(f"{source} is of a dense run; give a dynamic one with --resume (or --pretrained {source})")
-    set_seed(0)  # untrained predictors that choose the same tokens tomorrow
+        raise UserError(f"{source} is from a dense run; give a dynamic one with --resume (or --pretrained {source})")
+    set_seed(0)  # so that untrained predictors choose the same tokens every time
     model = build_model(with_flags(flags, base, flags.dense))
     with advice("see --arch, --input-size, --pruning-loc and --dense"):
         notes = load_weights(model, content)

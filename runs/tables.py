@@ -10,7 +10,7 @@ Row = Mapping[str, Value]
 class Column(NamedTuple):
     heading: str
     form: str = ""  # of a number, as in f"{value:{form}}"
-    width: int = 0  # on a terminal, at least; the heading fits in any case
+    width: int = 0  # on a terminal, at least; the heading always fits
 
 
 class Table:
@@ -26,7 +26,7 @@ class Table:
         return self._aligned(self.cells(row))
 
     def markdown(self, rows: Iterable[Row]) -> str:
-        """For docs. Text to the left, numbers to the right."""
+        """For docs. Text is aligned to the left, numbers to the right."""
         marks = ["---:" if column.form else "---" for column in self.columns.values()]
         lines = [[column.heading for column in self.columns.values()], marks, *(self.cells(row) for row in rows)]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

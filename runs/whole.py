@@ -9,7 +9,7 @@ from dynamicvit.errors import UserError
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file is written before it gets its name. It keeps its ending, which some writers go by."""
+    """Where a file is written before it gets its name. The ending stays, as some writers choose the format by it."""
     return path.with_name(f"{path.stem}.tmp{path.suffix}")
 
 
@@ -33,7 +33,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Before work is done for a file: UserError if it could not be written at the end."""
+    """For a check before any work: UserError if the file could not be written at the end."""
     if path.exists() and not path.is_file():
         raise UserError(f"cannot write {path}: it is not a file")
     if not path.parent.is_dir():
@@ -45,7 +45,7 @@ def check_writable(path: Path) -> None:
 
 
 def try_to_write(path: Path) -> None:
-    """Raises OSError where no such file could be written: permission bits alone do not tell, for /sys or for root."""
+    """Raises OSError if no such file could be written: permission bits alone do not tell, in /sys or for root."""
     probe = temporary_path(path)
     probe.touch()
     probe.unlink()

@@ -144,7 +144,7 @@ def test_whole_command_on_labelled_images(weights: Path, photos: Path, tmp_path:
 
 
 def test_class_folders_that_cannot_be_printed(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """They are no names for a saved model's classes, but no reason to lose the model either."""
+    """They cannot name a saved model's classes, but are no reason to lose the model either."""
     for name in ("cats", "dogs\x1b[31m\n"):
         write_images(tmp_path / "photos" / name, 6)
     (tmp_path / "photos" / "cats" / "\n.jpg").write_text("no image")
@@ -210,7 +210,7 @@ def test_images_need_not_be_square_and_precision_is_that_of_use(weights: Path, p
     fast = models.from_pretrained(tmp_path / "fast")
     assert fast.spec.img_size == (32, 48) and fast.forward_features(torch.zeros(1, 3, 32, 48)).shape == (1, 25, 32)
     assert report_of(tmp_path / "fast").rows["merged"]["gflops"] == count_gflops(fast, (32, 48), features=True)
-    with pytest.raises(UserError, match="one side, or height and width, and not 3 numbers"):
+    with pytest.raises(UserError, match="one side, or height and width, not 3 numbers"):
         as_size([32, 48, 64])
 
 
@@ -268,7 +268,7 @@ def test_no_minutes_no_training(weights: Path, photos: Path, tmp_path: Path) -> 
 
 
 def test_minutes_become_steps() -> None:
-    """5 minutes less 10 times 3 measurings of 2 s, at 0.5 s a step: 480 steps."""
+    """5 minutes less 10 times 3 measurements of 2 s, at 0.5 s a step: 480 steps."""
     tuning = SimpleNamespace(recipe=SimpleNamespace(epochs=10), seconds_a_step=lambda: 0.5)
     assert finetune.FineTuning.schedule(tuning, finetune.Budget(minutes=5), seconds=2.0) == (10, 48)
 
@@ -386,7 +386,7 @@ def test_predictors_of_a_dynamic_run_are_left_out(photos: Path, tmp_path: Path, 
 def test_a_dynamic_model_is_made_faster_anew_and_says_so(photos: Path) -> None:
     dynamic = models.make_dynamic(dense_model(), (1,), (0.5,), "attention", "drop")
     model, report = dynamicvit.accelerate(dynamic, photos, **FAST, minutes=0)
-    assert "dynamic already" in report.notes[0] and model.spec.scorer == FOR_SPEED.scorer
+    assert "already dynamic" in report.notes[0] and model.spec.scorer == FOR_SPEED.scorer
 
 
 def test_other_class_names_are_another_command(photos: Path, tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_one_image_has_no_standard_error(weights: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "one", 1)
     assert run(weights, tmp_path / "one", tmp_path / "fast", "--steps", "0") == 0
     for name in ("report.json", "config.json"):
-        json.loads((tmp_path / "fast" / name).read_text(), parse_constant=pytest.fail)  # Infinity is no JSON
+        json.loads((tmp_path / "fast" / name).read_text(), parse_constant=pytest.fail)  # Infinity is not valid JSON
 
 
 def test_few_images_are_merged_without_training(weights: Path, tmp_path: Path, capsys) -> None:
@@ -515,7 +515,7 @@ def tall() -> nn.Module:
 
 
 def test_rates_follow_until_the_time_is_met() -> None:
-    """The layout that costs least in answers is taken among those that reach it, however they differ in arithmetic."""
+    """Of the layouts that reach it, the one that changes the answers least is taken, whatever their multiply-adds."""
     dense, timer, asked = tall(), timer_of(0.01), []
 
     def prefers_many_stages(model: nn.Module) -> float:

@@ -246,6 +246,6 @@ def test_evaluation_is_one_graph_and_compiled_once(arch: str, dtype: torch.dtype
     with torch.no_grad():
         for _ in range(3):
             images = torch.randn(2, 3, 64, 64, dtype=dtype)
-            expected = model(images)  # first, as it settles which attention kernel: torch 2.7 would compile it again
+            expected = model(images)  # first, as it decides the attention kernel: torch 2.7 would compile it again
             torch.testing.assert_close(compiled(images), expected)
     assert counter.frame_count == 1

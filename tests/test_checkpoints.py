@@ -251,7 +251,7 @@ def test_dynamic_weights_do_not_make_a_dense_model() -> None:
 
 
 class Payload:
-    """Unpickled by a careless reader, it makes a folder; it could as well do anything else."""
+    """Unpickled by a careless reader, it makes a folder; it could do anything else as well."""
 
     def __init__(self, marker: Path, function: Callable) -> None:
         self.marker = marker
@@ -299,7 +299,7 @@ def test_damaged_files(name: str, content: str, tmp_path: Path) -> None:
     damaged = {
         "empty": b"",
         "text": b"hello world\n",
-        "opcode": b".",  # to a reader of pickles this is a whole program, that returns what was never there
+        "opcode": b".",  # a reader of pickles sees a complete program, which returns what was never there
         "web_page": b"<html><body>404 Not Found</body></html>",
         "truncated": whole[:-100],
         "half_truncated": whole[: len(whole) // 2],
@@ -512,7 +512,7 @@ def test_what_only_pretraining_needs_is_left_out() -> None:
         ({"class_names": ["\x1b[2J"] * 5}, "printed"),
         ({"class_names": ["\ud800"] * 5}, "printed"),
         ({"class_names": ["a"]}, "1 class names for 5"),
-        ({"pruning_loc": [[1]]}, "numbers of blocks"),
+        ({"pruning_loc": [[1]]}, "block numbers"),
         ({"dense": "no"}, "true or false"),
         ({"arch": "swin_t", "sizes": {"depths": [1, 1, 3]}}, "four numbers"),
         ({"scorer": 3}, "name of a scorer"),
@@ -553,5 +553,5 @@ def nested(depth: int) -> list:
 def test_a_record_of_a_run_is_read_by_its_types(change: dict) -> None:
     content = read_checkpoint(Path(__file__).parent / "run_before_specs.ckpt")
     assert RunState.from_content(content).progress.epoch == 1
-    with pytest.raises(UserError, match=f"{next(iter(change))} is none of a run's"):
+    with pytest.raises(UserError, match=f"{next(iter(change))} is not a run's"):
         RunState.from_content(content | change)

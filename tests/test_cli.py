@@ -87,7 +87,7 @@ def test_run_leaves_checkpoints_log_and_events(dynamic_run: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
 def test_compiled_training_in_two_processes(image_folder: Path, dense_run: Path, tmp_path: Path) -> None:
-    """DDP cuts the graph at its buckets, across which the attention bias has to get."""
+    """DDP cuts the graph at its buckets, and the attention bias has to get across."""
     options = [*distill(image_folder, dense_run), "--compile", "--output_dir", str(tmp_path), "--no-repeated-aug"]
     result = launch([*TORCHRUN, "--nproc_per_node=2", str(MAIN), *options, "--epochs", "1", "--warmup-epochs", "0"])
     assert result.returncode == 0, result.stderr
@@ -355,7 +355,7 @@ def test_run_without_its_bad_images(refused, tmp_path: Path) -> None:
 
 
 def test_run_that_diverges(refused, image_folder: Path, tmp_path: Path) -> None:
-    """Ends with the checkpoint to go on from; its weights are finite, though its answers are not any more."""
+    """Ends with the checkpoint to resume from; its weights are finite, though its answers no longer are."""
     args = [*TINY_RUN, "--dense", "--data-path", image_folder, "--output-dir", tmp_path]
     refused(
         [*args, "--epochs", "8", "--lr", "1e38", "--warmup-epochs", "0"],
@@ -377,7 +377,7 @@ def test_run_in_which_nothing_is_learned(
     torch.save({"model": content["model"], "spec": content["spec"]}, tmp_path / "damaged.pth")
     damaged = ["--pretrained", tmp_path / "damaged.pth", "--data-path", image_folder]
     run = [*TINY_RUN, *damaged, "--dense", "--output-dir", tmp_path / "run"]
-    refused(run, "no step of epoch 0 had a loss that is finite", "--lr")
+    refused(run, "no step of epoch 0 had a finite loss", "--lr")
     assert not (tmp_path / "run" / "log.txt").read_text()
     refused([*TINY_MODEL, *damaged, "--eval", "--dense", "--device", "cpu"], "answers to 7 of 7 images are not finite")
 
@@ -435,7 +435,7 @@ BEFORE_SPECS = Path(__file__).parent / "run_before_specs.ckpt"  # an epoch of tw
 def test_run_from_before_there_were_descriptions(
     image_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """Its arguments describe the model: it is evaluated, resumed, and no other run is taken for it."""
+    """Its arguments describe the model: it is evaluated and resumed, and no other run is mistaken for it."""
     common = ["--data-path", str(image_folder), *"--device cpu --amp off --num-workers 0".split()]
     assert exit_status(lambda: command([*common, "--eval", "--resume", str(BEFORE_SPECS)])) == 0
     assert "keep 60.0%, 30.0% of the tokens" in capfd.readouterr().out
@@ -459,7 +459,7 @@ def test_run_from_before_there_were_descriptions(
 def test_evaluation_is_of_the_model_that_was_trained(
     dynamic_run: Path, image_folder: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """Without a word about it; a flag that says otherwise is obeyed and told."""
+    """Silently; a flag that says otherwise is obeyed and reported."""
     args = ["--eval", "--resume", str(dynamic_run), "--data-path", str(image_folder), "--device", "cpu"]
     assert exit_status(lambda: command([*args, "--num-workers", "0"])) == 0
     out = capfd.readouterr().out
@@ -540,7 +540,7 @@ def test_embeddings_have_no_labels(refused, dense_run: Path, image_folder: Path,
 
 
 class TestLaunching:
-    """What the environment says of other processes, where there are none."""
+    """What the environment says about other processes, where there are none."""
 
     @pytest.mark.parametrize(
         ("environment", "expected"),
@@ -579,7 +579,7 @@ class TestLaunching:
         for _ in range(2):
             assert utils.pick_device("auto").type == "cpu"
         message = capsys.readouterr().err
-        assert message.count("built for GPUs") == 1 and "(device cpu, as --device cpu in a command," in message
+        assert message.count("built for GPUs") == 1 and "choose device cpu: --device cpu in a command" in message
         utils.pick_device("cpu")
         monkeypatch.setattr(torch.version, "cuda", None)
         monkeypatch.setattr(torch.version, "hip", None)

@@ -1,4 +1,4 @@
-"""What every command does at its door: exit statuses, signals, terminals, and errors said once."""
+"""What every command does as it starts and ends: exit statuses, signals, terminals, and errors printed once."""
 
 import importlib
 import os
@@ -77,7 +77,7 @@ def test_commands_start_without_docstrings(name: str, monkeypatch: pytest.Monkey
 @posix_only
 @pytest.mark.parametrize("command", [[str(MAIN)], ["-m", "tools.predict", "x", "y"]], ids=["script", "tool"])
 def test_ctrl_c_while_torch_is_imported(command: list[str], tmp_path: Path) -> None:
-    """Without a traceback, and by the signal's own end. A torch that says that it is being imported, and waits."""
+    """Without a traceback, and by the signal itself. A fake torch says that it is being imported, and waits."""
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     env = ONE_THREAD | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen(
@@ -91,7 +91,7 @@ def test_ctrl_c_while_torch_is_imported(command: list[str], tmp_path: Path) -> N
 
 @posix_only
 def test_ctrl_c_ends_a_command_by_the_signal() -> None:
-    """After one line, with what it has to clear up done: a shell's loop and `&&` stop, too."""
+    """After one line and its own clean-up: a shell's loop and `&&` stop, too."""
 
     def command() -> None:
         try:
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_a_command_by_the_signal() -> None:
 @posix_only
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", -2), ("SIGTERM", -15), ("SIGUSR1", 0)])
 def test_a_run_that_has_saved_ends_by_the_signal(name: str, status: int) -> None:
-    """But for a scheduler's notice, which is no failure."""
+    """Except for a scheduler's notice, which is no failure."""
 
     def command() -> None:
         stop = StopSignal()
@@ -117,7 +117,7 @@ def test_a_run_that_has_saved_ends_by_the_signal(name: str, status: int) -> None
 
 @posix_only
 def test_ctrl_c_where_nothing_can_catch_it() -> None:
-    """In the code that takes objects apart, Python would tell of it and go on."""
+    """In code that destroys objects, Python would only print it and go on."""
 
     class Loader:
         def __del__(self) -> None:
@@ -229,7 +229,7 @@ os._exit(status)
 
 
 def test_an_error_of_all_processes_is_said_once(tmp_path: Path) -> None:
-    """However long one of them takes to meet it, or to be gone. What only one knows is said by each."""
+    """However long one of them takes to meet it, or to end. What only one process knows, each one prints."""
     (tmp_path / "slow.py").write_text(SLOW)
     command = [*TORCHRUN, "--nproc_per_node=2", str(tmp_path / "slow.py")]
     result = launch(command, ONE_THREAD | {"PYTHONPATH": str(ROOT)})

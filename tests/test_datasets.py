@@ -122,7 +122,7 @@ def with_bad_images(root: Path, train: bool) -> tuple[AugmentedDataset, list[str
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_next_good_image_stands_in_for_a_bad_one(tmp_path: Path, workers: int) -> None:
-    """Validation does not count it. Loader processes tell which ones were bad."""
+    """Validation does not count it. Loader processes report which ones were bad."""
     train, bad = with_bad_images(tmp_path, train=True)
     images, labels = next(iter(DataLoader(train, 6, sampler=[(i, 7) for i in range(6)], num_workers=workers)))
     assert torch.equal(images[1], images[3]) and torch.equal(images[2], images[3])
@@ -146,7 +146,7 @@ def test_only_bad_images(tmp_path: Path) -> None:
 
 
 def test_links_count_no_image_twice(tmp_path: Path) -> None:
-    """A link to a folder above is no class and leads nowhere; folders that link to each other count once."""
+    """A link to a folder above is not a class and leads nowhere; folders that link to each other count once."""
     write_files(tmp_path, "train/a/0.jpg", "train/a/deep/1.jpg", "train/a/p/2.jpg", "train/a/q/3.jpg", "train/b/4.jpg")
     train = tmp_path / "train"
     for link, target in {"all": ".", "root": "..", "a/deep/up": "..", "a/p/q": "../q", "a/q/p": "../p"}.items():
@@ -300,12 +300,12 @@ def test_images_without_class_folders(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_photos(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Images beside the folders: these are albums, and no classes."""
+    """Images beside the folders: these are albums, not classes."""
     write_files(tmp_path, "0.jpg", "holidays/1.jpg", "holidays/2024/2.jpg")
     photos = read_folder(tmp_path, labelled=False)
     names = ["0.jpg", "holidays/1.jpg", "holidays/2024/2.jpg"]
     assert list(photos.samples()) == [(str(tmp_path / name), IGNORED_LABEL) for name in names]
-    assert "no classes" in capsys.readouterr().out
+    assert "not taken as classes" in capsys.readouterr().out
     (tmp_path / "0.jpg").unlink()
     photos = read_folder(tmp_path, labelled=False)
     assert photos.classes == ["holidays"] and list(photos.labels) == [0, 0]
@@ -513,7 +513,7 @@ def test_without_augmentation_an_image_is_flipped_at_most(none: str) -> None:
 
 
 def test_auto_augment_and_colour_jitter_are_applied() -> None:
-    """Jitter, as in DeiT, only where no policy is."""
+    """Jitter, as in DeiT, only without a policy."""
     image = noise(32, 32)
     plain = augmented(image)
 
@@ -704,10 +704,10 @@ def test_number_of_loader_processes_is_limited(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_too_few_open_files_for_loader_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before any is started: torch would wait for ever for what they cannot send."""
+    """Refused before any is started: torch would wait for ever for images that they cannot send."""
     limits = {"soft": 67}
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limits["soft"], 4096))
-    with pytest.raises(UserError, match=r"2 loader processes need 68 open files, and 67 .* --num-workers"):
+    with pytest.raises(UserError, match=r"2 loader processes need 68 open files, but only 67 .* --num-workers"):
         build_val_loader(grey_images(2), 1, 2, False)
     build_val_loader(grey_images(2), 1, 0, False)
     for limits["soft"] in (68, resource.RLIM_INFINITY):

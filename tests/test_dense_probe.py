@@ -146,7 +146,7 @@ def test_bad_input_is_one_line(scenes: Path, tmp_path: Path) -> None:
         (tmp_path / "empty", scenes / "masks", 2, "no images in"),
         (scenes / "images", scenes / "val-masks", 2, "no mask 3"),
         (scenes / "images", scenes / "images", 2, "is no mask"),
-        (scenes / "images", scenes / "masks", 1, "has class 1; those that --classes and --ignore name are 0 to 0"),
+        (scenes / "images", scenes / "masks", 1, "has class 1; --classes and --ignore allow 0 to 0"),
         (scenes / "images", tmp_path / "small", 2, r"its mask has \(10, 10\)"),
     ):
         with pytest.raises(UserError, match=message):

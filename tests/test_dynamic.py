@@ -103,7 +103,7 @@ def test_a_name_stands_for_one_thing() -> None:
 
     with pytest.raises(ValueError, match="another scorer is called 'distinct'"):
         make_dynamic(build(), (1,), (0.5,), scorer=Other())
-    with pytest.raises(ValueError, match="a scorer is a name or a Scorer"):
+    with pytest.raises(ValueError, match="a scorer must be a name, or a Scorer"):
         make_dynamic(build(), (1,), (0.5,), scorer=print)
 
 
@@ -118,7 +118,7 @@ def test_speedup_is_all_that_is_needed() -> None:
     for wish in (0.9, 1.0, 50.0):
         with pytest.raises(ValueError, match="a speed-up"):
             make_dynamic(build(depth=8), speedup=wish)
-    with pytest.raises(ValueError, match="needs speedup=1.6, or pruning_loc and keep_rates"):
+    with pytest.raises(ValueError, match="needs speedup .*, or pruning_loc and keep_rates"):
         make_dynamic(build())
 
 
@@ -128,7 +128,7 @@ def test_the_last_block_computes_what_is_read(place: str) -> None:
     model = fast(place)
     expected = model(IMAGES)
     lean = count_gflops(model, 64)
-    whole = model.blocks[3].register_forward_hook(lambda *_: None)  # somebody looks at all of its tokens
+    whole = model.blocks[3].register_forward_hook(lambda *_: None)  # a user's hook reads all of its tokens
     torch.testing.assert_close(model(IMAGES), expected, rtol=1e-5, atol=1e-5)
     mlp = 8 * 32 * 32 / 1e9
     assert count_gflops(model, 64) - lean == pytest.approx(8 * mlp, rel=1e-6)
@@ -192,7 +192,7 @@ def test_timms_setters_are_followed(tmp_path: Path) -> None:
     model.reset_classifier(4, "avg")
     save_pretrained(model, tmp_path / "pooled")
     assert torch.equal(from_pretrained(tmp_path / "pooled")(images), model(images))
-    with pytest.raises(ValueError, match="cannot pool by 'max'"):
+    with pytest.raises(ValueError, match="does not work with pooling 'max'"):
         model.reset_classifier(4, "max")
     with pytest.raises(NotImplementedError, match="patch size"):
         model.set_input_size(patch_size=(8, 8))
@@ -219,15 +219,15 @@ def test_blocks_can_be_cut_off_for_features() -> None:
 def test_bad_requests_are_one_line() -> None:
     model = fast()
     for request, message in (
-        (lambda: model.forward_intermediates(IMAGES, [7]), "blocks are 0 to 3"),
-        (lambda: model.forward_features(IMAGES, restore="all"), "restore is residual, copy, none"),
+        (lambda: model.forward_intermediates(IMAGES, [7]), "block numbers are 0 to 3"),
+        (lambda: model.forward_features(IMAGES, restore="all"), "restore must be one of residual, copy, none"),
         (lambda: model.forward_intermediates(IMAGES, restore="none"), "need a token for every patch"),
         (lambda: model.forward_intermediates(IMAGES, attn_mask=torch.ones(1)), "makes its own attention masks"),
         (lambda: model.set_keep_rates(0.7), "needs a share of all tokens for each of 2 stages"),
         (lambda: setattr(model, "keep_rates", (0.5, 0.7)), "cannot grow"),
-        (lambda: make_dynamic(build(), (1.5,), (0.5,)), "numbers of blocks"),
-        (lambda: make_dynamic(build(), speedup="1.5"), "speedup is a number"),
-        (lambda: make_dynamic(build(), (1,), (0.5,), place="behind"), "place is before or inside"),
+        (lambda: make_dynamic(build(), (1.5,), (0.5,)), "block numbers"),
+        (lambda: make_dynamic(build(), speedup="1.5"), "speedup must be a number"),
+        (lambda: make_dynamic(build(), (1,), (0.5,), place="behind"), "place must be before or inside"),
         (lambda: make_dynamic(build(), (1,), (0.5,), place="inside"), "trained by hiding tokens"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -85,7 +85,7 @@ def weights(model: nn.Module) -> Tensor:
 class Ranking(nn.Module):
     """Image k has the classes in the order k, k + 1, ...: of weights 1, 1/2, 1/4, ..., normalised.
 
-    wrong: by how many classes that is off, until it is told another's statistics.
+    wrong: by how many classes that is off, until it receives another process's statistics.
     """
 
     def __init__(self, num_classes: int, wrong: int = 0) -> None:
@@ -151,7 +151,7 @@ def test_evaluation_is_of_the_eval_mode_and_learns_nothing() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("whose", ["the model's", "the dense model's"])
 def test_answers_that_are_not_finite(value: float, whose: str) -> None:
-    """No figure is made of them, of a model alone or beside the dense one."""
+    """No figure is computed from them, for a model alone or beside the dense one."""
     good, bad = build_linear(), build_linear()
     with torch.no_grad():
         bad.bias[1] = value
@@ -406,7 +406,7 @@ def test_gradients_do_not_pile_up_over_steps() -> None:
 
 
 def test_lines_on_the_screen_say_nothing_twice(capsys: pytest.CaptureFixture) -> None:
-    """No count of no skipped steps, and no part that is all of the loss."""
+    """Leaves out a count of 0 skipped steps, and a part that is the whole loss."""
     good = vector_batches(1, 2)[0]
     means = train(linear_trainer(), [good])
     assert means["skipped_steps"] == 0 and "skipped" not in capsys.readouterr().out
@@ -466,7 +466,7 @@ def test_mixed_precision_stays_finite(kind: str, amp_dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_seed_same_losses(kind: str) -> None:
-    """Whatever was drawn before; and another seed or epoch, other losses."""
+    """Whatever was drawn before; another seed or epoch gives other losses."""
 
     def run(seed: int, epoch: int, drawn_before: int) -> tuple[dict[str, float], Tensor]:
         trainer = dynamic_trainer(kind, seed=seed)

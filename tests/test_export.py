@@ -107,8 +107,8 @@ def test_what_is_no_model_to_start_from(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "fast.pt2").touch()
     torch.save({"model": build().state_dict()}, tmp_path / "bare.pth")
     for source, reason in (
-        (tmp_path / "fast.pt2", "torch.export.load or aoti_load_package; here give what it was exported from"),
-        (tmp_path / "bare.pth", "does not say what model it is of"),
+        (tmp_path / "fast.pt2", "torch.export.load or aoti_load_package; give the model it was exported from"),
+        (tmp_path / "bare.pth", "does not say which model it belongs to"),
         (tmp_path, "no checkpoint_best.pth, checkpoint_last.pth or config.json"),
     ):
         assert exit_status(lambda source=source: predict.command([str(source), "photo.jpg"])) == 2
@@ -117,7 +117,7 @@ def test_what_is_no_model_to_start_from(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_photo_that_cannot_be_read(saved: Path, image_folder: Path, capsys: pytest.CaptureFixture) -> None:
-    """The others are answered, and the exit status tells."""
+    """The others are answered, and the exit status shows it."""
     photos = [str(image_folder / "val" / "cats" / "0.jpg"), str(image_folder / "none.jpg")]
     assert exit_status(lambda: predict.command([str(saved), *photos])) == 2
     captured = capsys.readouterr()
@@ -145,7 +145,7 @@ def test_a_wrong_file_is_found_out() -> None:
 
 
 def test_images_that_rounding_decides_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where PyTorch's own output jumps when pixels hardly change, another runtime's may be the other one."""
+    """Where PyTorch's own output jumps when pixels hardly change, another runtime may give either output."""
     images = torch.randn(64, 3, 32, 32)
     model = torch.nn.Flatten()
     model.spec = build().spec
@@ -179,7 +179,7 @@ def test_embeddings(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFi
         (["--onnx", "fast.onnx", "--batch-size", "0"], "must be"),
         (["--onnx", "fast.onnx", "--batch-size", "2", "--dynamic-batch"], "leave out --batch-size"),
         (["--onnx", "fast.onnx", "--images", "none"], "no such folder"),
-        (["--torch", "fast.pt2", "--aoti", "fast.pt2"], "a file each"),
+        (["--torch", "fast.pt2", "--aoti", "fast.pt2"], "need different files"),
     ],
 )
 def test_refusals(

@@ -116,12 +116,12 @@ def test_all_tokens_kept_is_the_dense_model(dense: nn.Module, scorer: str, reduc
     model, expected = dynamic(dense, scorer, reducer, (1, 1), place), dense(images)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     model.set_keep_rates(HALF)
-    assert (model(images) - expected).abs().max() > 1e-3  # or else this test would see nothing
+    assert (model(images) - expected).abs().max() > 1e-3  # otherwise this test could not see a difference
 
 
 @torch.no_grad()
 def test_a_speedup_is_all_that_lvvit_needs() -> None:
-    """Its stem, which is not timm's, tells the size of images that the cost is counted at."""
+    """Its stem, which is not timm's, tells the image size at which the cost is counted."""
     dense = create_model("lvvit_s", dense=True, img_size=64, num_classes=5).eval()
     gflops = count_gflops(dense, 64)
     model = make_dynamic(dense, speedup=1.3)
@@ -254,7 +254,7 @@ def test_embeddings(dense: nn.Module) -> None:
 @pytest.mark.parametrize("place", ["before", "inside"])
 @torch.no_grad()
 def test_every_patch_has_a_feature(dense: nn.Module, place: str) -> None:
-    """timm's own doors give what the dense model's give, in its shapes; with all tokens kept, in its values."""
+    """timm's own methods give outputs of the dense model's shapes; with all tokens kept, also of its values."""
     if place == "inside" and not can_split(dense):
         return
     images = images_for(dense)
@@ -320,7 +320,7 @@ def test_unknown_family() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_pool": "max"}, "cannot pool by 'max'"),
+        ({"global_pool": "max"}, "does not work with pooling 'max'"),
         ({"attn_layer": "diff"}, "differential attention"),
     ],
 )
@@ -332,7 +332,7 @@ def test_backbones_that_do_not_fit(changes: dict, message: str) -> None:
 
 
 def test_one_number_is_no_keep_rates() -> None:
-    with pytest.raises(ValueError, match=re.escape("0.5 would be (0.5, 0.25)")):
+    with pytest.raises(ValueError, match=re.escape("0.5 as a base rate would be (0.5, 0.25)")):
         make_dynamic(build(), (1, 2), 0.5)
 
 
@@ -347,5 +347,5 @@ def test_a_name_is_no_model() -> None:
 
 
 def test_made_dynamic_once() -> None:
-    with pytest.raises(ValueError, match="dynamic already"):
+    with pytest.raises(ValueError, match="already dynamic"):
         make_dynamic(make_dynamic(build(), STAGES, HALF), STAGES, HALF)

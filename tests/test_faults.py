@@ -61,7 +61,7 @@ def start(args: list[str], folder: Path, launcher: list[str] | None = None, **po
         **(dict(env=ONE_THREAD, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) | popen),
         start_new_session=True,
     )
-    watchdog = threading.Timer(300, kill_all, (process,))  # a hang is a failure, and not for ever
+    watchdog = threading.Timer(300, kill_all, (process,))  # a hang becomes a failure, instead of lasting for ever
     watchdog.daemon = True
     watchdog.start()
     return process
@@ -84,7 +84,7 @@ def steps_of(process: subprocess.Popen) -> Iterator[str]:
 
 
 def after_steps(process: subprocess.Popen, rng: random.Random, most: int = 5) -> int:
-    """Lets it take up to so many steps and a moment more, which may hit a save; returns how many."""
+    """Lets it take up to this many steps and a moment more, which may hit a save; returns how many."""
     count = rng.randint(1, most)
     for number, _ in enumerate(steps_of(process), 1):
         if number == count:
@@ -137,7 +137,7 @@ def test_signalled_again_and_again(seed: int, options: list[str], undisturbed: P
         process.send_signal(number)
         signalled = time.monotonic()
         time.sleep(0.05)
-        process.send_signal(number)  # a launcher passes on what the processes have got already
+        process.send_signal(number)  # a launcher passes on a signal that the processes already have
         output = process.stdout.read()
         assert time.monotonic() - signalled < 20
         process.wait()
@@ -179,7 +179,7 @@ def test_full_disk_that_is_emptied(seed: int, options: list[str], undisturbed: P
         process = start(options, disk)
         output = ""
         while not (disk / "run" / LAST).is_file() and process.poll() is None:
-            time.sleep(0.05)  # without an earlier checkpoint there is none to stay whole
+            time.sleep(0.05)  # without an earlier checkpoint, none could stay intact
         for _ in range(3):
             after_steps(process, rng, most=3)
             fill(disk / "ballast")
@@ -304,7 +304,7 @@ def test_loader_process_killed(options: list[str], undisturbed: Path, tmp_path: 
 
 
 def test_loader_processes_do_not_outlive_a_killed_run(options: list[str], tmp_path: Path) -> None:
-    """kill -9 for the run alone, which can end nobody."""
+    """kill -9 for the run alone, which then cannot end the others."""
     process = start([*options, "--num-workers", "2"], tmp_path)
     next(steps_of(process))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -61,7 +61,7 @@ def test_stages_begin_the_earlier_the_more_is_wanted() -> None:
 )
 @torch.no_grad()
 def test_images_of_another_size(name: str, changes: dict) -> None:
-    """Not square, as they come: position embeddings and RoPE follow, and every patch has its feature."""
+    """Images of any shape: position embeddings and RoPE follow, and every patch has its feature."""
     dense = strengthen(build(name, **changes))
     height, width = OTHER_SIZE["patch14" if "patch14" in name else ""]
     shown = images(height, width)

@@ -88,7 +88,7 @@ def images() -> Tensor:
 
 
 def tensors(output) -> dict[str, Tensor]:
-    """All that a model has answered, by name."""
+    """All outputs of a model, by name."""
     flat = {}
     for name, value in output.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -152,7 +152,7 @@ def known_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_a_merged_token_counts_as_often_as_the_patches_in_it(implementation: str, images: Tensor) -> None:
-    """Groups of three, four and one equal patches, merged, tell the class token what they tell it apart."""
+    """Groups of three, four and one equal patches, merged, tell the class token what they tell it unmerged."""
     dense = vit()
     dense.set_attn_implementation(implementation)
     dense.vit.embeddings.position_embeddings.zero_()
@@ -312,7 +312,7 @@ def test_nothing_is_left_of_a_pass(images: Tensor) -> None:
 
 @torch.no_grad()
 def test_inner_model_and_other_attention(images: Tensor) -> None:
-    """The tower called by itself gives all patches; attention that is chosen later keeps the bias."""
+    """The tower called by itself gives all patches; an attention function that is chosen later keeps the bias."""
     model = make_dynamic(vit(), STAGES, HALF, "distinct", "merge")
     assert model.vit(images).last_hidden_state.shape == (2, 17, 32)
     before = model(images).logits
@@ -465,7 +465,7 @@ def test_accelerate_refuses_in_one_line(tmp_path: Path) -> None:
     both = transformers.CLIPModel(transformers.CLIPConfig(**text))
     with pytest.raises(UserError, match="reads text, too"):
         accelerate(both, tmp_path)
-    with pytest.raises(UserError, match="belong to a model's name"):
+    with pytest.raises(UserError, match="only with a model's name"):
         accelerate(vit(), tmp_path, input_size=64)
 
 
@@ -481,7 +481,7 @@ def test_wrong_requests_are_refused_in_one_line(images: Tensor) -> None:
         (lambda: by_hand(vit(), (1, 4), HALF), "1..3"),
         (lambda: by_hand(vit(), STAGES, (0.5, 0.7)), "cannot grow"),
         (lambda: by_hand(vit(), STAGES, HALF, place="inside"), "before"),
-        (lambda: by_hand(model, STAGES, HALF), "dynamic already"),
+        (lambda: by_hand(model, STAGES, HALF), "already dynamic"),
         (lambda: by_hand(both, STAGES, HALF), "vision_model"),
         (lambda: make_dynamic(vit(), speedup=20), "too few tokens"),
         (lambda: model(images, output_attentions=True), "output_attentions"),

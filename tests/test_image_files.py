@@ -1,4 +1,4 @@
-"""Photos as cameras, phones and programs write them: what is read, turned, scaled, told and refused."""
+"""Photos as cameras, phones and programs write them: what is read, turned, scaled, reported and refused."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_photos_are_turned_upright(tmp_path: Path, extension: str, orientation: 
 
 
 def test_who_takes_no_notice_of_exif(tmp_path: Path) -> None:
-    """Training and evaluation of a data set, as ImageFolder, unless it is asked for; the rest turns photos."""
+    """Training and evaluation on a data set, like ImageFolder, unless asked to; everything else turns photos."""
     for part in ("train", "val"):
         (tmp_path / part / "a").mkdir(parents=True)
         save_turned(tmp_path / part / "a" / "phone.jpg", 6)
@@ -169,7 +169,7 @@ def test_strips_are_refused(tmp_path: Path) -> None:
     """Resized by their short side they would take gigabytes."""
     for size in ((1, 20_000), (20_000, 1), (2, 500)):
         Image.new("L", size).save(tmp_path / "strip.png")
-        with pytest.raises(ImageError, match=f"strip.png.*{size[0]} x {size[1]} pixels is a strip"):
+        with pytest.raises(ImageError, match=f"strip.png.*{size[0]} x {size[1]} pixels is so narrow a strip"):
             open_image(tmp_path / "strip.png")
     Image.new("L", (10, 2000)).save(tmp_path / "tall.png")
     assert open_image(tmp_path / "tall.png").size == (10, 2000)

@@ -281,7 +281,7 @@ def stage_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @runs_kernels
 def test_a_stage_compiles_in_one_graph_and_trains() -> None:
-    # the interpreter is no part of what a compiler could fuse
+    # a compiler cannot fuse anything with the interpreter
     compiled = torch.compile(stage, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
     results = []
     for run in (stage, compiled):

@@ -1,4 +1,4 @@
-"""Flags: what is refused in one line, and that each one reaches the part that it is for."""
+"""Flags: what is refused in one line, and whether each one reaches the part that it is for."""
 
 import contextlib
 import io
@@ -167,7 +167,7 @@ def test_numbers_that_would_take_all_memory(flags: str) -> None:
 
 
 def longer(*flags: str, **spec) -> str:
-    """What is said of a warm-up or of frozen epochs, "" where nothing is."""
+    """What is printed about a warm-up or frozen epochs, "" if nothing is."""
     recipe, _ = chosen(*flags, "--distill", spec=ModelSpec(**spec))
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -179,7 +179,7 @@ def longer(*flags: str, **spec) -> str:
 
 
 def test_epochs_longer_than_the_run() -> None:
-    """Refused, whether given or a recipe's; what the model's schedule has no use for is not looked at."""
+    """Values that the model's schedule does not use are not checked."""
     # a recipe's own values are a warning in a short run, the user's are refused
     assert longer("--epochs", "2").startswith("warning: ")
     assert longer("--epochs", "2", "--warmup-epochs", "4").startswith("a time with the backbone frozen of 4 epochs")
@@ -199,7 +199,7 @@ def test_epochs_longer_than_the_run() -> None:
 
 @dataclass(frozen=True)
 class Oven:
-    """Not a model's, so that the maker is seen to know none."""
+    """Not a model's settings, to show that the maker of flags knows nothing of models."""
 
     degrees: int = setting(180, "how hot", ("from 50 to 250", lambda x: 50 <= x <= 250), group="baking")
     minutes: float | None = setting(None, "how long (default: until it is done)", POSITIVE, group="baking")

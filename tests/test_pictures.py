@@ -105,7 +105,7 @@ def test_merged_patches_share_their_mean_colour() -> None:
     panel = pictures.stage_panel(image, torch.tensor([1, 1, 2, 3, 4, 3]), (2, 3))
 
     assert torch.equal(panel[:, :4, :8], torch.tensor([20, 0, 50], dtype=torch.uint8)[:, None, None].expand(3, 4, 8))
-    for left in (0, 8):  # but for the first row and column, where the border to another group is
+    for left in (0, 8):  # except the first row and column, which have the border to another group
         inside = panel[:, 5:, left + 1 : left + 4].flatten(1)
         assert torch.equal(inside, torch.tensor([[100], [80], [45]], dtype=torch.uint8).expand(3, 9))
     assert torch.equal(panel[:, 5:, 5:8], image[:, 5:, 5:8])
@@ -339,7 +339,7 @@ def test_class_names(folder: Path) -> None:
 
 
 def test_the_model_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest run of somebody's logs/ is not the one meant, and may know no photos."""
+    """The newest run in a user's logs/ is not the one meant, and may not know photos."""
     monkeypatch.chdir(tmp_path)
     save_run(tiny_model(), tmp_path / "logs" / "new" / "checkpoint_best.pth")
     photo = folder / "val/cats/odd.png"
@@ -425,7 +425,7 @@ def test_user_errors_are_one_line(
 
 
 def test_feature_colours_show_what_varies() -> None:
-    """The same directions for another model's features, and patches that are alike look alike."""
+    """The same directions for another model's features, and similar patches look similar."""
     generator = torch.Generator().manual_seed(0)
     patterns = torch.eye(6)[:3] * torch.tensor([30.0, 20.0, 10.0])[:, None]
     shares = torch.rand(400, 3, generator=generator)

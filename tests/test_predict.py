@@ -107,10 +107,10 @@ def test_answers_that_are_no_numbers(
     ("words", "reason"),
     [
         (["empty"], "no images in"),
-        ([""], "empty name"),
+        ([""], "name of a photo is empty"),
         (["photos", "--json", "none/a.json"], "none/a.json"),
         (["photos", "--csv", "photos"], "it is not a file"),
-        (["photos", "--json", "a", "--csv", "a"], "a file each"),
+        (["photos", "--json", "a", "--csv", "a"], "need different files"),
     ],
 )
 def test_refused_before_the_model_is_loaded(
@@ -126,7 +126,7 @@ def test_refused_before_the_model_is_loaded(
 
 
 def foreign(path: Path, spec: dict, **changes) -> None:
-    """An ONNX file that says what ours says of itself, and computes something else."""
+    """An ONNX file that describes itself as ours do, and computes something else."""
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper
 
@@ -181,7 +181,7 @@ def test_an_empty_name_is_no_file(flag: str, saved: Path, photos: Path, capsys) 
 
 
 def test_names_that_a_terminal_would_obey(saved: Path, photos: Path, tmp_path: Path, capsys) -> None:
-    """Colours, a cleared screen and a line that is none of ours, in names of photos, kinds of files and folders."""
+    """Colours, a cleared screen and a line that is not ours, in names of photos, kinds of files and folders."""
     odd = photos.rename(tmp_path / "odd\x1b[2J")
     (odd / "0.jpg").rename(odd / "0\nerror: all is lost.jpg")
     (odd / "1\r.jpg").write_text("no image")

@@ -177,7 +177,7 @@ def test_everything_kept_equals_the_dense_backbone(backbone: tuple[VisionTransfo
         model = make_dynamic(vit, STAGES, (1, 1, 1)).eval()
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
         model.set_keep_rates((0.2, 0.2, 0.2))
-        assert (model(images) - expected).abs().max() > 1e-3  # or else this test would see nothing
+        assert (model(images) - expected).abs().max() > 1e-3  # otherwise this test could not see a difference
 
 
 def test_eval_equals_removing_the_selected(backbone: tuple[VisionTransformer, Tensor]) -> None:
@@ -572,7 +572,7 @@ def test_predictors_learn_the_same_in_bfloat16(kind: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("half_weights", [False, True], ids=["autocast", "weights"])
 def test_evaluation_in_bfloat16(kind: str, half_weights: bool) -> None:
-    model, images = build(kind, keep_rates=(1, 1, 1)), random_images()  # a close choice would be another one
+    model, images = build(kind, keep_rates=(1, 1, 1)), random_images()  # rounding could change a close choice
     expected = model(images)
     if half_weights:
         logits = model.bfloat16()(images.bfloat16())
@@ -595,10 +595,10 @@ def test_evaluation_in_bfloat16(kind: str, half_weights: bool) -> None:
         ({"keep_rates": (0.5, 0.6, 0.3)}, "cannot grow"),
         ({"keep_rates": (0.5, 0.3)}, "2 keep rates for 3"),
         ({"pruning_loc": (1, 2, 4)}, r"0\.\.3"),
-        ({"pruning_loc": (-1, 2, 3)}, "numbers of blocks"),
+        ({"pruning_loc": (-1, 2, 3)}, "block numbers"),
         ({"pruning_loc": (2, 1, 3)}, "ascending"),
         ({"pruning_loc": (1, 1, 3)}, "ascending"),
-        ({"pruning_loc": ()}, "numbers of blocks"),
+        ({"pruning_loc": ()}, "block numbers"),
         ({"img_size": 36}, "8 does not divide input size 36"),
         ({"num_heads": 3}, "32 cannot be divided among 3 heads"),
         ({"embed_dim": 0}, "embed_dim must be positive"),

@@ -1,4 +1,4 @@
-"""Who learns how fast, from which images and labels: against the formulas of the paper and of DeiT."""
+"""What learns how fast, from which images and labels: against the formulas of the paper and of DeiT."""
 
 import copy
 import math
@@ -347,7 +347,7 @@ def test_recipe_follows_from_the_model() -> None:
     assert parse("--lr", "1", spec=ModelSpec("convnext_s")).lr == 1
 
 
-# --- What a recipe says decides, and not what it is called
+# --- A recipe's values decide, and not its name
 
 MINE = Entry(
     Recipe(
@@ -404,7 +404,7 @@ def test_a_fourth_recipe_is_one_entry(mine: None) -> None:
 
 
 def test_models_of_make_dynamic_train_by_a_recipe() -> None:
-    """They answer with logits in their owner's loop; our trainer asks them for what its losses need."""
+    """They return logits in a user's own loop; our trainer asks them for what its losses need."""
     torch.manual_seed(0)
     backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=4)
     teacher = Teacher(copy.deepcopy(backbone))

@@ -115,7 +115,7 @@ def test_sizes_and_shares_pass_gradients_on() -> None:
 
 
 def test_known_similarities_decide_who_joins_whom() -> None:
-    """As without them where they are the tokens' cosines, and otherwise where they say so."""
+    """The result is the same if they are the tokens' cosines, and follows them if they are not."""
     x, scores, size = random_tokens(2, 13, 8), random_tokens(2, 12), torch.ones(2, 12)
     plain = merge(x, scores, size, num_keep=5, num_prefix=1)
     patches = x[:, 1:]
@@ -129,7 +129,7 @@ def test_known_similarities_decide_who_joins_whom() -> None:
 
 @pytest.mark.parametrize("reducer", ["drop", "merge"])
 def test_what_is_lost_gives_each_token_back(reducer: str) -> None:
-    """A patch's group and what it lost by joining are the patch; of a dropped one it is all."""
+    """A patch's group plus what it lost by joining is the patch; a dropped one lost all of itself."""
     x, scores = random_tokens(2, 11, 8), random_tokens(2, 9)
     reduced = REDUCERS[reducer](x, Scores(scores), torch.ones(2, 9), 4, 2)
     place, patches, merged = reduced.places(9), x[:, 2:], reduced.x[:, 2:]

@@ -189,7 +189,7 @@ def test_description_that_is_none(saved: Path, text: str) -> None:
 
 
 def test_half_written_folders(saved: Path) -> None:
-    """Writing ends with config.json; before that there are either no two files, or two of different savings."""
+    """config.json is written last; before that one of the two files is missing, or they are of different saves."""
     old_config = (saved / "config.json").read_text()
     save_pretrained(create_model("deit_tiny", **TINY), saved)
     (saved / "config.json").write_text(old_config)  # as if killed between the two
@@ -371,7 +371,7 @@ def test_a_card_tells_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
     assert "base_model: timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k\n" in header
     assert "license: apache-2.0\n" in header and "library_name: dynamicvit\n" in header
     own = model_card(ModelSpec("vit_tiny_patch16_224", num_classes=5, img_size=32, dense=True), "fast", {})
-    assert "base_model" not in own and "license" not in own  # whose weights they are is not known
+    assert "base_model" not in own and "license" not in own  # it is unknown whose weights they are
     assert "| agreement | 0.98 |" in card and "| hardware | one / core |" in card
     assert "merges patches" in card and "Before blocks 3 it keeps" in card
     code = card.split("```python\n")[1].split("```")[0]
@@ -404,7 +404,7 @@ def local_hub(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def forget_session() -> None:
-    """That an earlier test has made without a network: huggingface_hub before 1.0 keeps it."""
+    """Drops the session that an earlier test has made without a network: huggingface_hub before 1.0 keeps it."""
     getattr(_http, "reset_sessions", lambda: None)()
 
 
@@ -545,7 +545,7 @@ def test_publishing_a_transformers_model(tmp_path: Path, uploaded: dict[str, byt
     text = config.read_text()
     config.write_text(re.sub(r'("pruning_loc": \[\s*)1,', r"\g<1>9,", text))
     assert config.read_text() != text
-    with pytest.raises(CheckpointError, match="has stages that cannot be"):
+    with pytest.raises(CheckpointError, match="has impossible stages"):
         push_to_hub(tmp_path / "there", "user/again", token="hf_none")
 
 

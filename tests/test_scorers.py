@@ -156,7 +156,7 @@ def test_misfits(changes: dict, message: str) -> None:
 
 
 def test_only_the_least_important_are_compared() -> None:
-    """Twice as many as leave; the others stay in any case, and what leaves is what distinct says of these few."""
+    """Twice as many as leave; the others stay in any case, and these few leave as distinct ranks them."""
     generator = torch.Generator().manual_seed(0)
     x, importance = torch.randn(2, 11, 8, generator=generator), torch.rand(2, 10, generator=generator)
     look = Look(x, 1, None, True, num_keep=7, attention=[])

@@ -157,7 +157,7 @@ def test_any_image_size(arch: str, size: tuple[int, int]) -> None:
 def test_low_precision(arch: str, dtype: torch.dtype, device: str) -> None:
     """Autocast, in evaluation and in training, and weights that are in bfloat16 themselves."""
     model, images = build(arch).to(device), random_images().to(device)
-    model.set_keep_rates((1, 1, 1))  # so that no decision hangs on a rounded score
+    model.set_keep_rates((1, 1, 1))  # so that no decision depends on a rounded score
     with torch.no_grad():
         expected = model(images)
         with torch.autocast(device, dtype):
@@ -206,7 +206,7 @@ def test_training_outputs(arch: str) -> None:
 def test_merged_streams_train_what_is_evaluated(
     arch: str, merge_streams: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As published, training goes on from another value where a decision changes; merging mends it."""
+    """As published, training continues from a different value where a decision changes; merging fixes that."""
     model = build(arch, merge_streams=merge_streams)
     with torch.no_grad():
         expected, kept = model.forward_pruned(random_images())
@@ -407,7 +407,7 @@ def test_own_weights_keep_their_names(arch: str) -> None:
 
 
 def test_weights_of_another_model_come_back_as_they_are(arch: str) -> None:
-    """Whoever loads them names the misfits; nothing else is raised."""
+    """Loading them names what does not fit; nothing else is raised."""
     for other in FAMILIES:
         weights = build(other, depths=(1, 1, 7, 1)).state_dict()
         published = {name.replace(".blocks.", ".").replace("head.norm", "norm"): v for name, v in weights.items()}
@@ -428,10 +428,10 @@ def test_window_sizes_are_fitted() -> None:
 @pytest.mark.parametrize(
     ("pruning_loc", "keep_rates", "message"),
     [
-        ((), (), "ascending blocks of 0..4"),
-        ((2, 1, 3), RATES, "ascending blocks of 0..4"),
-        ((1, 1, 3), RATES, "ascending blocks of 0..4"),
-        ((1, 2, 5), RATES, "ascending blocks of 0..4"),
+        ((), (), "ascending block numbers in 0..4"),
+        ((2, 1, 3), RATES, "ascending block numbers in 0..4"),
+        ((1, 1, 3), RATES, "ascending block numbers in 0..4"),
+        ((1, 2, 5), RATES, "ascending block numbers in 0..4"),
         (STAGES, (0.7, 0.5), "2 keep rates for 3"),
         (STAGES, (0.3, 0.1, -0.1), r"keep rates must lie in \(0, 1\]"),
         (STAGES, (0.3, 0.1, 0.0), r"keep rates must lie in \(0, 1\]"),
@@ -444,7 +444,7 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(ValueError, match=message):
         make_spatial_dynamic(dense, pruning_loc, keep_rates)
     assert make_spatial_dynamic(dense, STAGES, RATES) is dense  # it was left as it was
-    with pytest.raises(ValueError, match="dynamic already"):
+    with pytest.raises(ValueError, match="already dynamic"):
         make_spatial_dynamic(dense, STAGES, RATES)
 
 

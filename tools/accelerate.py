@@ -2,10 +2,11 @@
 
     dynamicvit accelerate vit_small_patch16_224.augreg_in21k_ft_in1k --images photos/ --output fast/
 
-Between its blocks, patches that tell little or resemble a more important one are merged with those most similar
-to them (--scorer distinct --reducer merge, as in main_dynamic_vit.py). Then the model learns to answer as it did
-before, from its own dense answers. A fifth of the images is never trained on: fast/report.html tells how
-much has changed on these. To use the model: dynamicvit.from_pretrained("fast"). The same in Python:
+In its blocks, patches that tell little or resemble a more important one are merged with those most similar
+to them (--scorer distinct_few --reducer merge_length, as in main_dynamic_vit.py). Then the model learns to
+answer as it did before, from its own dense answers. A fifth of the images is never trained on: fast/report.html
+shows how much the answers to these have changed. To use the model: dynamicvit.from_pretrained("fast").
+The same in Python:
 
     model, report = dynamicvit.accelerate(vit, "photos", speedup=1.5)
 """
@@ -51,10 +52,10 @@ from torch import Tensor, nn
 
 from dynamicvit import utils
 
-CHOICE_IMAGES = 64  # by which layouts that are equally fast are told apart
+CHOICE_IMAGES = 64  # to choose among layouts that are equally fast
 BATCH_SIZE = {"cpu": 16, "cuda": 128}  # of training
-FEATURES_LR = 1e-4  # every token's direction is a steadier target than the answer, which takes a tenth of it
-FEATURE_IMAGES = 100  # held back at most where features are compared, of which an image has hundreds
+FEATURES_LR = 1e-4  # every token's direction is a steadier target than the answer, which needs a tenth of this
+FEATURE_IMAGES = 100  # held back at most where features are compared, as an image has hundreds of them
 
 
 def accelerate(
@@ -84,23 +85,23 @@ def accelerate(
     seed: int = 0,
     stop: StopSignal | None = None,
 ) -> tuple[nn.Module, Report]:
-    """A faster copy of a trained vision transformer, in eval mode, and what is known of it.
+    """A faster copy of a trained vision transformer, in eval mode, and a report on it.
 
     model: a ViT of timm or transformers (left as it is), one of timm's names or ours, user/name on the hub, or a folder
     of save_pretrained's, ours or transformers'.
     images: like those that the model is for: a folder, files, or a DataLoader that gives (B, 3, H, W) tensors as the
     model takes them, alone or before labels. A fifth of them is never trained on, and is what the report is about.
-    speedup: times as fast, by the clock, here, at a batch of for_batch images (default: 8 on a CPU, 128 on a GPU) in
-    the precision amp (auto: bfloat16 on a GPU, float32 on a CPU). Default 1.5. Instead: flops_speedup, times fewer
-    multiply-adds; or base_rate, the share of its tokens that each stage keeps; or keep_rates, shares of all tokens by
-    stage. pruning_loc: the blocks before which tokens merge, where they are not to be chosen.
+    speedup: how many times as fast (default 1.5), timed on this machine, with batches of for_batch images (default: 8
+    on a CPU, 128 on a GPU) in the precision amp (auto: bfloat16 on a GPU, float32 on a CPU). Instead: flops_speedup,
+    times fewer multiply-adds; or base_rate, the share of its tokens that each stage keeps; or keep_rates, shares of all
+    tokens by stage. pruning_loc: the blocks before which tokens merge, to choose them by hand.
     purpose: answers, or features: every patch's feature stays near the dense model's, in forward_features and timm's
-    other methods for these, whose time then counts; the model's own answers are not looked at.
-    minutes: of fine-tuning, about (default 5; 0 for none); or steps, exactly repeatable.
-    output: a new folder for model and report, in which an interrupted run goes on; None: nothing is written.
-    weights, input_size, class_names (names, or a file with one a line), mean, std, crop_pct: where the model's name
-    does not tell. batch_size: of training. stop: ends it early; raises Stopped when what there is has been saved.
-    Raises UserError, also for a speed-up that cannot be had (its message says which one can).
+    other methods for these, whose time then counts; the model's own answers are ignored.
+    minutes: roughly, of fine-tuning (default 5; 0 for none); or steps, exactly repeatable.
+    output: a new folder for model and report, where an interrupted run is resumed; None: nothing is written.
+    weights, input_size, class_names (names, or a file with one a line), mean, std, crop_pct: what the model's name
+    does not tell. batch_size: of training. stop: ends it early; raises Stopped once what there is has been saved.
+    Raises UserError, also for a speed-up that cannot be reached (the message gives one that can).
     """
     request = Request(
         model=model,
@@ -142,7 +143,7 @@ class Acceleration:
     def choose(self) -> None:
         """The faster model, before any training: the one that an earlier run chose, or by the clock."""
         use, spec = self.use, self.folder.spec
-        # The teacher's modules may be set up otherwise; what is timed is the model as it is used.
+        # The teacher's modules may be set up differently; what is timed is the model as it is used.
         as_used = share_weights(self.dense) if use.amp_dtype is None else copy.deepcopy(self.dense)
         self.as_used = as_used.to(use.amp_dtype)
         if spec is None:
@@ -154,7 +155,7 @@ class Acceleration:
         self.folder.write(self.report)  # now that nothing in the command is wrong
 
     def what_counts(self, model: nn.Module) -> nn.Module:
-        """Gives, called, what the model is for."""
+        """A module that, when called, gives what the model is for."""
         return FeatureExtractor(model) if self.request.features else model
 
     def time(self, models: dict[str, nn.Module]) -> dict[str, float]:
@@ -220,7 +221,7 @@ class Acceleration:
         self.report.saved = name  # for now
 
     def fine_tune(self) -> None:
-        """Unless there are too few images, or nobody wants it."""
+        """Fine-tunes, unless there are too few images or the user does not want it."""
         request, report = self.request, self.report
         if len(self.split.training) == 0 or request.budget.is_none:
             return
@@ -252,7 +253,7 @@ class Acceleration:
             if self.outcome and self.outcome.is_tuned:
                 log("fine-tuning did not help on the images held back: the model is left as it was")
             self.fast.load_state_dict(self.dense.state_dict())
-        self.fast.set_distilled_training(False)  # in a user's own training loop it answers with logits
+        self.fast.set_distilled_training(False)  # in a user's own training loop it returns logits
         self.folder.finish(self.report, self.fast, self.comparison, self.held_back)
         log(*str(self.report).splitlines())
         if stopped is not None:
@@ -265,10 +266,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="accelerate", description=(__doc__ or "").split("\n")[0])
     add, share = parser.add_argument, number(float, KEEP_RATE)
     add("model", help="timm's name or ours (deit_small, ...), user/name on the hub, or a folder of save_pretrained's")
-    add("--images", type=path, required=True, help="a folder; class folders in it are used only for the report")
+    add("--images", type=path, required=True, help="a folder of images; class folders are used only for the report")
     add("--output", type=path, required=True, help="a new folder for the model and the report")
-    add("--speedup", type=number(float, POSITIVE), help=f"times as fast, measured here (default: {USUAL_SPEEDUP:g})")
-    add("--flops-speedup", type=number(float, POSITIVE), help="instead: times fewer multiply-adds")
+    add(
+        "--speedup",
+        type=number(float, POSITIVE),
+        help=f"how many times as fast, measured here (default: {USUAL_SPEEDUP:g})",
+    )
+    add("--flops-speedup", type=number(float, POSITIVE), help="instead: how many times fewer multiply-adds")
     add("--base-rate", type=share, help="instead: share of its tokens that each stage keeps")
     add("--keep-rates", type=share, nargs="+", help="instead: shares of all tokens, by stage")
     add(
@@ -277,19 +282,40 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="blocks in or before which tokens merge",
     )
-    add("--for", dest="purpose", choices=PURPOSES, default="answers", help="what is to stay (default: answers)")
-    add("--for-batch", type=number(int, POSITIVE), help="images at a time in use (default: 8, or 128 on a GPU)")
-    add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="precision in use; auto: bf16 on a GPU")
-    add("--minutes", type=number(float, NOT_NEGATIVE), help=f"of fine-tuning, about (default: {MINUTES:g}; 0: none)")
-    add("--steps", type=number(int, NOT_NEGATIVE), help="instead, from 10 on rounded up to tens: exactly repeatable")
+    add(
+        "--for",
+        dest="purpose",
+        choices=PURPOSES,
+        default="answers",
+        help="what has to stay as it was (default: answers)",
+    )
+    add(
+        "--for-batch",
+        type=number(int, POSITIVE),
+        help="batch size that it will be used with (default: 8, or 128 on a GPU)",
+    )
+    add(
+        "--amp",
+        choices=("auto", *AMP_DTYPES),
+        default="auto",
+        help="precision that it will be used in; auto: bf16 on a GPU",
+    )
+    add("--minutes", type=number(float, NOT_NEGATIVE), help=f"roughly, of fine-tuning (default: {MINUTES:g}; 0: none)")
+    add(
+        "--steps",
+        type=number(int, NOT_NEGATIVE),
+        help="instead: fine-tuning steps, exactly repeatable (10 or more are rounded up to tens)",
+    )
     add("--weights", type=path, help="file or folder of the dense model's weights (default: the published ones)")
-    add("--input-size", type=number(int, POSITIVE), nargs="+", help="pixels, or height width (default: the model's)")
+    add(
+        "--input-size", type=number(int, POSITIVE), nargs="+", help="pixels, or height and width (default: the model's)"
+    )
     add("--class-names", type=path, help="a file with the name of a class on each line")
     for name in ("--mean", "--std"):
-        add(name, type=number(float, POSITIVE), nargs=3, help="of the channels that the weights expect, from 0 to 1")
-    add("--crop-pct", type=number(float, KEEP_RATE), help="side of the part of an image that is looked at")
+        add(name, type=number(float, POSITIVE), nargs=3, help="of each channel, as the weights expect it, from 0 to 1")
+    add("--crop-pct", type=number(float, KEEP_RATE), help="share of an image's side that the model sees")
     add("--batch-size", type=number(int, POSITIVE), help="of training (default: 16, or 128 on a GPU)")
-    add("--num-workers", type=number(int, NOT_NEGATIVE), help="loader processes (default: by the cores)")
+    add("--num-workers", type=number(int, NOT_NEGATIVE), help="loader processes (default: depends on the cores)")
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=number(int, SEED), default=0)
     return parser

@@ -1,4 +1,4 @@
-"""The folder that tools.accelerate leaves: the model, the report, and a training that can be gone on with."""
+"""The folder that tools.accelerate leaves: the model, the report, and a training run that can be resumed."""
 
 import shutil
 from contextlib import suppress
@@ -20,10 +20,10 @@ REPORT, PAGE, TRAINING = "report.json", "report.html", "training"
 
 
 class OutputFolder:
-    """Everything that is written; nothing where there is no folder."""
+    """Writes everything, or nothing if there is no folder."""
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
-        """Checks it before any work; makes nothing yet. settings: those of an earlier run must be the same.
+        """Checks the folder before any work; creates nothing yet. settings: those of an earlier run must be the same.
 
         Raises UserError if nothing can be written there, or if it holds anything else.
         """
@@ -49,11 +49,11 @@ class OutputFolder:
 
     @property
     def spec(self) -> ModelSpec | None:
-        """Of the faster model that an earlier run has chosen."""
+        """The description of the faster model that an earlier run has chosen."""
         return ModelSpec.from_dict(self.earlier.model) if self.earlier and self.earlier.model else None
 
     def write(self, report: Report) -> None:
-        """What is known so far. Makes the folder."""
+        """Writes what is known so far. Makes the folder."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             report.write(self.folder / REPORT)
@@ -72,7 +72,7 @@ class OutputFolder:
         self.say_what_is_there()
 
     def save(self, fast: nn.Module, report: Report, classes: list[str]) -> None:
-        """On a full disk in the place of the training, which is not needed any more."""
+        """On a full disk it replaces the training run, which is no longer needed."""
         unnamed = fast.spec.class_names is None and fast.spec.num_classes != IMAGENET_CLASSES
         row = report.rows[report.saved]
         notes = {name: value for name, value in row.items() if not name.startswith("images_per_s")}
@@ -83,14 +83,14 @@ class OutputFolder:
         try:
             save_pretrained(fast, self.folder, names, accelerated=notes, **purpose)
         except CheckpointError as error:
-            if error.__cause__ is None or not self.training.is_dir():  # refused, not failed to be written
+            if error.__cause__ is None or not self.training.is_dir():  # it was refused, and not for want of space
                 raise
             shutil.rmtree(self.training, ignore_errors=True)
             log(f"warning: the disk is full; {self.training} was removed to save the model")
             save_pretrained(fast, self.folder, names, accelerated=notes, **purpose)
 
     def say_what_is_there(self) -> None:
-        """Sizes, and what may be deleted or should not be published."""
+        """Logs sizes, and what may be deleted or should not be published."""
         sizes = {path.name: size_of(path) for path in self.folder.iterdir()}
         model = sizes.get("model.safetensors", 0) + sizes.get("config.json", 0)
         log(f"{self.folder}: model.safetensors and config.json ({megabytes(model)}) are the model")
@@ -99,7 +99,7 @@ class OutputFolder:
             "photos: look before you publish it"
         )
         if TRAINING in sizes:
-            log(f"{self.training} ({megabytes(sizes[TRAINING])}) is for resuming alone: it may be deleted")
+            log(f"{self.training} ({megabytes(sizes[TRAINING])}) is only for resuming: it may be deleted")
 
 
 def check_folder(folder: Path) -> None:
@@ -117,7 +117,7 @@ def check_folder(folder: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes, of a folder those of all files in it."""
+    """Bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 

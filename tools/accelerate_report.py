@@ -1,4 +1,4 @@
-"""The report of a faster model: report.json, which can be read again, and report.html, a page of its own."""
+"""The report on a faster model: report.json, which can be read again, and report.html, a single page."""
 
 import base64
 import html
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 NUM_MERGED, NUM_DIFFERENT = 6, 8  # photos in the report
-FEATURES = "features"  # the purpose, for which settings tell that every patch's feature is what counts
+FEATURES = "features"  # in the settings: the purpose where every patch's feature is what counts
 MOST_BYTES = 10 * 2**20  # of a report.json
 
 
 @dataclass
 class Report:
-    """What is known of a faster model; what is not known yet is empty. Names no folder of the machine."""
+    """What is known about a faster model; what is not known yet is empty. Names no folder of the machine."""
 
-    settings: dict[str, Any]  # what was asked for; a run is resumed by the same alone
+    settings: dict[str, Any]  # what was asked for; a run is resumed only with the same settings
     arch: str = ""
     model: dict[str, Any] = field(default_factory=dict)  # the faster one's description (ModelSpec.to_dict)
     schedule: list[int] = field(default_factory=list)  # of fine-tuning: epochs, and steps in each
@@ -56,7 +56,7 @@ class Report:
         return {size: row[name] / dense[name] for size, name in names.items() if name in row and name in dense}
 
     def __str__(self) -> str:
-        """The answer in a few sentences, what is bad about it first."""
+        """The result in a few sentences, bad news first."""
         dense, row = self.rows[DENSE], self.rows[self.saved]
         sentences = []
         if self.speedups:
@@ -77,7 +77,7 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """Raises UserError for a file that no report was written to, or that is damaged."""
+        """Raises UserError for a file that is not a report, or that is damaged."""
         try:
             with open(path, "rb") as file:
                 content = json.loads(file.read(MOST_BYTES))
@@ -215,7 +215,7 @@ def different_photos(comparison: Comparison, saved: str, images: Decoded, spec: 
 
 
 def pixels(images: Decoded, index: int) -> Tensor:
-    """(3, H, W) uint8; a loader's need not be whole numbers."""
+    """(3, H, W) uint8; a loader's pixels need not be whole numbers."""
     return images[index][0].float().round().clamp(0, 255).to(torch.uint8)
 
 

@@ -50,7 +50,7 @@ class Request:
         return self.purpose == FEATURES
 
     def settings(self) -> dict[str, Any]:
-        """For the report, without the folders of this machine, and without what a resumed run may have otherwise."""
+        """For the report, without this machine's folders, and without what may differ in a resumed run."""
         names = self.own.class_names  # a file, or the names themselves
         names = label(names) if names is None or isinstance(names, (str, Path)) else list(names)
         own = asdict(self.own) | {"weights": label(self.own.weights), "class_names": names}

@@ -3,9 +3,9 @@
     dynamicvit benchmark --arch deit_small --base-rate 0.7 --batch-size 1 8 32 --json speed.json
 
 The dense model is timm's own (for LV-ViT our backbone), with fused attention; all have the same weights. "dynamic" is
-the published form at this rate. At as many multiply-adds: "merged", what make_dynamic(speedup=) chooses; "ToMe"; and
-"bound", which has merged's stages and cuts tokens off without looking at any: what no way to choose tokens can beat.
-With --input FOLDER it measures instead how fast a core reads and augments images.
+the published form at this rate. With as many multiply-adds: "merged", what make_dynamic(speedup=) chooses; "ToMe"; and
+"bound", which has merged's stages and cuts tokens off without looking at any: no way to choose tokens can be faster.
+With --input FOLDER it measures instead how fast one core reads and augments images.
 """
 
 import argparse
@@ -67,10 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--arch", default="deit_small", help="one of ours, or a timm name")
     add("--base-rate", type=rate, default=0.7, help="share of its tokens that each stage keeps")
     add("--keep-rates", type=rate, nargs="+", help="instead: shares of the original tokens, by stage")
-    add("--place", choices=PLACES, help="of merged's stages by their blocks (default: inside where the backbone can)")
+    add(
+        "--place",
+        choices=PLACES,
+        help="where merged's stages are, by their blocks (default: inside if the backbone allows it)",
+    )
     add("--input-size", type=number(int, POSITIVE), default=224, help="pixels")
-    add("--batch-size", type=number(int, POSITIVE), nargs="+", help="one or several (default: 1 32; to train 32)")
-    add("--amp", choices=AMP_DTYPES, default="off", help="in inference of weights and images too")
+    add("--batch-size", type=number(int, POSITIVE), nargs="+", help="one or several (default: 1 32; with --train 32)")
+    add("--amp", choices=AMP_DTYPES, default="off", help="precision; in inference that of weights and images too")
     add("--device", choices=STEPS_PER_TURN, default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     modes = ("default", "reduce-overhead", "max-autotune")
     compiled = "torch.compile every model, in this mode; reduce-overhead records CUDA graphs"
@@ -94,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Before anything is measured, what would stop it later."""
+    """Raises UserError before anything is measured for what would stop it later."""
     utils.pick_device(args.device)
     if args.scaling and args.keep_rates:
         raise UserError("--scaling varies the base rate, so it cannot go with --keep-rates")
@@ -139,7 +143,7 @@ def points(settings: Settings, scaling: bool) -> list[tuple[int, float]]:
 
 
 def is_possible(arch: str, base_rate: float) -> bool:
-    """Whether it leaves every stage some tokens; Swin's and ConvNeXt's lose a fixed share at each."""
+    """Whether it leaves every stage some tokens; those of Swin and ConvNeXt lose a fixed share at each."""
     try:
         with torch.device("meta"):
             build_model(ModelSpec(arch, base_rate))

@@ -1,4 +1,4 @@
-"""How like its dense self a faster model is: the figures of a report, each with its standard error."""
+"""How similar a faster model is to its dense self: the figures of a report, each with its standard error."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -40,10 +40,10 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Likeness:
-    """What is compared of two models, and what a report says of it. For another kind of output: another of these."""
+    """How two models are compared, and what a report says about it; one of these for each kind of output."""
 
     measure: str  # the figure that decides which of two models is more like the dense one
-    figures: Callable[[Answers, Tensor], dict[str, Tensor]]  # and the dense outputs -> (N,) by name; bool for shares
+    figures: Callable[[Answers, Tensor], dict[str, Tensor]]  # answers, dense outputs -> (N,) by name; bool for shares
     distance: Callable[[Tensor, Tensor], Tensor]  # of outputs and the dense ones -> (N,), 0 where they are the same
     sentence: str  # with the row's figures in it
     explanation: str  # of the measure
@@ -119,7 +119,7 @@ FEATURES = Likeness(
 
 
 def likeness_of(spec: ModelSpec, features: bool = False) -> Likeness:
-    """What is compared of a model's outputs, or of its features."""
+    """How a model's outputs, or its features, are compared."""
     if features:
         return FEATURES
     return EMBEDDINGS if gives_embeddings(spec) else CLASSES

@@ -91,7 +91,7 @@ def make_models(settings: Settings, input_size: int, base_rate: float) -> dict[s
     dense = build_model(published.as_dense())
     models = {DENSE: dense}
     if settings.device == "cuda" and settings.amp != "off" and not settings.train:
-        # dynamic models have it in any case; see models.patches
+        # dynamic models always have it; see models.patches
         models[DENSE_BY_PRODUCT] = dense_twin(dense)
         project_by_product(models[DENSE_BY_PRODUCT])
     models[DYNAMIC] = twin(dense, published)
@@ -107,7 +107,7 @@ def make_models(settings: Settings, input_size: int, base_rate: float) -> dict[s
 
 
 def merged_spec(published: ModelSpec, dense: nn.Module, gflops: float, place: str | None) -> ModelSpec:
-    """What make_dynamic(speedup=) takes, at so many GFLOPs."""
+    """What make_dynamic(speedup=) takes, at this many GFLOPs."""
     place = place or (FOR_SPEED.place if can_split(dense, family_of(dense)) else "before")
     speedup = count_gflops(dense, dense.spec.img_size) / gflops
     stages = spread(len(dense.blocks), speedup, place)
@@ -121,7 +121,7 @@ def cut_off(dense: nn.Module, merged: nn.Module) -> nn.Module:
 
 
 def build_contenders(settings: Settings, models: dict[str, nn.Module]) -> dict[str, Callable[[], Contender]]:
-    """By name, what builds each; they are built one by one, so that each one's memory can be told."""
+    """By name, what builds each; they are built one by one, so that each one's memory can be measured."""
     if not settings.train:
         return {name: partial(build_inference, settings, model) for name, model in models.items()}
     names = [name for name in TRAININGS if name.split(" ")[0] in ("teacher", *models)]
@@ -139,7 +139,7 @@ def build_inference(settings: Settings, model: nn.Module) -> Contender:
 
 
 def build_training(settings: Settings, name: str, models: dict[str, nn.Module]) -> Contender:
-    """The step of a real run, but for mixup and the moving average; trains copies. See TRAININGS."""
+    """The step of a real run, without mixup and the moving average; trains copies. See TRAININGS."""
     device = torch.device(settings.device)
     changes = {"amp": settings.amp, "mixup": 0.0, "cutmix": 0.0, "model_ema": False}
     recipe = build_recipe("label-free" if name.startswith("merged") else "neurips", **changes)
@@ -198,7 +198,7 @@ def recorded(step: Step, images: Tensor, labels: Tensor) -> Step:
 
 
 def bytes_held(contender: Contender) -> int:
-    """By weights, buffers and the optimizer's state; gradients are gone at the end of a step."""
+    """Bytes held by weights, buffers and the optimizer's state; gradients are gone at the end of a step."""
     tensors = [tensor for module in contender.modules for tensor in module.state_dict().values()]
     if contender.optimizer:
         states = contender.optimizer.state.values()

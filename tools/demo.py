@@ -44,7 +44,7 @@ COMMON = [
     *("--no-repeated-aug", "--no-model-ema"),
 ]
 EPOCHS = {"dense": 4, "dynamic": 3}
-# A plateau comes first, on which a model knows colours and no outlines. With few and large steps, the end of the run
+# A plateau comes first, on which a model knows colours but no outlines. With few and large steps, the end of the run
 # found it at any point of the climb that follows (77 to 95 %); 1,500 small ones, of a gradient whose norm is held,
 # leave it in the first of four epochs, and end where the rate has come down.
 DENSE = [
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def train(flags: list[str], stop: StopSignal) -> int:
-    """Returns main_dynamic_vit.py's exit status. At a signal, or should this process die, it saves and ends, too."""
+    """Returns main_dynamic_vit.py's exit status. At a signal, or if this process dies, it saves and ends, too."""
     script, leash = ROOT / "main_dynamic_vit.py", ROOT / "tools/leash.py"
     training = subprocess.Popen([sys.executable, leash, script, *flags], stdin=subprocess.PIPE)
     try:

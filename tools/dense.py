@@ -49,7 +49,7 @@ FITTED = {"center": "the centre", "squash": "squashed, then the centre", "border
 
 @dataclass(frozen=True)
 class Own:
-    """What a user says of his own weights, where the model's name does not tell."""
+    """What users state about their own weights, where the model's name does not tell."""
 
     weights: str | Path | None = None
     input_size: int | tuple[int, int] | None = None  # a side in pixels, or (height, width)
@@ -86,7 +86,7 @@ def as_size(sides: int | Sequence[int] | None) -> int | tuple[int, int] | None:
     if sides is None or isinstance(sides, int):
         return sides
     if len(sides) not in (1, 2):
-        raise UserError(f"an input size is one side, or height and width, and not {len(sides)} numbers")
+        raise UserError(f"an input size is one side, or height and width, not {len(sides)} numbers")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
@@ -94,11 +94,11 @@ def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list
     """The dense model with its weights, and notes on what was adapted or assumed. A user's object is copied."""
     if isinstance(model, nn.Module) or not is_name(str(model)):
         if own.weights or own.input_size:
-            raise UserError("the model comes with its weights and its size: they belong to a model's name alone")
+            raise UserError("a model object has its own weights and size: give these only with a model's name")
         given = model if isinstance(model, nn.Module) else load(model)
         dense, notes = as_dense(given), []
         if not describe(given).dense:
-            notes = ["the model given is dynamic already: what is made faster is its dense backbone"]
+            notes = ["the given model is already dynamic: its dense backbone is made faster"]
         check_blocks(dense, dense.spec.arch)
     else:
         dense, notes = build_by_name(str(model), own)
@@ -109,13 +109,13 @@ def find_dense(model: nn.Module | str | Path, own: Own) -> tuple[nn.Module, list
 
 
 def load(source: str | Path) -> nn.Module:
-    """What from_pretrained loads; of a folder that transformers wrote, or of such a model on the hub, the dense one."""
+    """What from_pretrained loads; from a transformers folder, or such a model on the hub, the dense model."""
     folder = fetched(source)
     return load_dense(folder) if is_saved_by_transformers(folder) else from_pretrained(folder)
 
 
 def as_dense(model: nn.Module) -> nn.Module:
-    """A copy that may be changed; of a dynamic model its backbone. UserError for one that accelerate cannot take."""
+    """A copy that may be changed; of a dynamic model, its backbone. UserError for one that accelerate cannot take."""
     of_transformers, spec = isinstance(model, PreTrainedVisionModel), describe(model)
     if not spec.dense:
         return dense_twin(model).float()
@@ -149,12 +149,12 @@ def check_blocks(dense: nn.Module, arch: str) -> None:
 
 
 def is_name(model: str) -> bool:
-    """Of an architecture, and not a folder, a file or user/name on the Hugging Face hub."""
+    """Whether it names an architecture, and not a folder, a file or user/name on the Hugging Face hub."""
     return model in ARCHS or timm.is_model(model) or not (Path(model).exists() or "/" in model)
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for a name that is nobody's, with those that are like it."""
+    """Raises UserError for an unknown name, with similar ones."""
     known = timm.list_models(pretrained=True) if "." in name else timm.list_models()
     if name in ARCHS or name in known or (timm.is_model(name) and "." not in name):
         return
@@ -175,7 +175,7 @@ def spec_by_name(name: str, content: dict[str, Any] | None, input_size: int | tu
 
 
 def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> tuple[StateDict, list[str]]:
-    """From the file, or the published ones; with notes. Raises CheckpointError if they cannot be had."""
+    """Weights from the file, or the published ones; with notes. Raises CheckpointError if there are none."""
     if content is None:
         with advice("or give --weights FILE"):
             return published_weights(spec.arch), []
@@ -186,7 +186,7 @@ def dense_weights(spec: ModelSpec, content: dict[str, Any] | None) -> tuple[Stat
 
 
 def assumed(dense: nn.Module, own: Own) -> list[str]:
-    """How images are prepared, where nobody has said it."""
+    """How images are prepared, as a note, if that is only assumed."""
     unsaid = isinstance(dense, PreTrainedVisionModel) and said_preprocessing(dense) is None
     if (own.weights is None and not unsaid) or None not in (own.mean, own.std, own.crop_pct):
         return []
@@ -195,12 +195,12 @@ def assumed(dense: nn.Module, own: Own) -> list[str]:
     return [
         f"assumed of the {'model, without a readable preprocessor_config.json' if unsaid else 'weights'}: images of "
         f"{size} pixels, {FITTED[how.crop_mode]} {how.crop_pct:.3f} of them, mean {mean}, std {std} "
-        f"({'' if unsaid else '--input-size, '}--crop-pct, --mean and --std say otherwise)"
+        f"({'' if unsaid else '--input-size, '}--crop-pct, --mean and --std change this)"
     ]
 
 
 def label(value: nn.Module | str | Path | Images | None) -> str | None:
-    """A name for a report: of files and folders the last part alone, as the report may be published."""
+    """A name for a report: only the last part of a file's or folder's path, as the report may be published."""
     if value is None:
         return None
     if isinstance(value, (str, Path)):

@@ -4,10 +4,10 @@ python -m tools.dense_probe deit_tiny --weights deit_tiny.pth --input-size 352 4
     --images camvid/train --masks camvid/trainannot --val-images camvid/val --val-masks camvid/valannot
 
 The head (batch norm and a 1 x 1 convolution) learns on the dense model's features of --images, and is used unchanged
-on those of models that need --speedups times fewer multiply-adds, of which none is trained: copy gives each patch the
+on those of models that need --speedups times fewer multiply-adds. None of these is trained: copy gives each patch the
 token of its group, residual adds what the patch lost by joining (models.restoring), ToMe is the published merging, its
 tokens copied. With --own-heads a second table follows, in which each model has a head that learned on its own features.
-A mask is an image of one channel with the pixels' classes, of the same name as its image but for the ending.
+A mask is an image of one channel with the pixels' classes, named like its image except for the ending.
 """
 
 import argparse
@@ -42,19 +42,37 @@ def build_parser() -> argparse.ArgumentParser:
     for part, what in (("", "to learn from"), ("val-", "to measure on")):
         add(f"--{part}images", type=Path, required=True, help=f"folder of images {what}")
         add(f"--{part}masks", type=Path, required=True, help="folder of their masks")
-    add("--classes", type=number(int, POSITIVE), required=True, help="0 to this number - 1 are the classes in masks")
-    add("--ignore", type=number(int, NOT_NEGATIVE), default=255, help="what in masks is no class and not counted")
-    add("--speedups", type=number(float, POSITIVE), nargs="+", default=[1.3, 1.6, 2.0], help="in multiply-adds")
+    add(
+        "--classes",
+        type=number(int, POSITIVE),
+        required=True,
+        help="number of classes; masks hold 0 to this number - 1",
+    )
+    add(
+        "--ignore",
+        type=number(int, NOT_NEGATIVE),
+        default=255,
+        help="value in masks that is no class and is not counted",
+    )
+    add(
+        "--speedups",
+        type=number(float, POSITIVE),
+        nargs="+",
+        default=[1.3, 1.6, 2.0],
+        help="how many times fewer multiply-adds",
+    )
     add("--also", nargs="*", default=[], metavar="FOLDER", help="saved models, for instance fine-tuned ones")
     add("--own-heads", action="store_true", help="a second table: each model's head learned on its own features")
-    add("--steps", type=number(int, POSITIVE), default=600, help=f"of a head, {FRAMES_OF_A_STEP} images each")
+    add("--steps", type=number(int, POSITIVE), default=600, help=f"to train a head, of {FRAMES_OF_A_STEP} images each")
     add("--batch-size", type=number(int, POSITIVE), default=8, help="images at a time, also for the times")
-    add("--rounds", type=number(int, NOT_NEGATIVE), default=12, help="of timing, all models in turn; 0: no times")
+    add(
+        "--rounds", type=number(int, NOT_NEGATIVE), default=12, help="rounds of timing, all models in turn; 0: no times"
+    )
     add("--device", default="auto", help="auto, cuda or cpu")
     add("--seed", type=number(int, SEED), default=0)
     add("--output", type=Path, help="a file for the tables, in markdown")
-    add("--photos", type=Path, nargs="+", default=[], help="to be drawn with the features of dense and residual")
-    add("--picture", type=Path, help="the PNG for these")
+    add("--photos", type=Path, nargs="+", default=[], help="photos to draw with the features of dense and residual")
+    add("--picture", type=Path, help="the PNG file for --photos")
     return parser
 
 
@@ -95,7 +113,7 @@ def build_dense(name: str, weights: str | None, size: Sequence[int] | None) -> n
 
 
 def faster_models(dense: nn.Module, speedups: Sequence[float]) -> Iterator[Contender]:
-    """Ours with either way to restore, and ToMe where the backbone has a place for it. Nothing is trained."""
+    """Ours with both ways to restore, and ToMe where the backbone has a place for it. Nothing is trained."""
     for speedup in speedups:
         try:
             ours = make_dynamic(copy.deepcopy(dense), speedup=speedup, for_features=True)

@@ -65,12 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--aoti", type=Path, metavar="FILE.pt2", help="for torch._inductor.aoti_load_package; needs a C++ compiler"
     )
     parser.add_argument("--batch-size", type=number(int, POSITIVE), default=1, help="images in a batch")
-    parser.add_argument("--dynamic-batch", action="store_true", help="any number of images instead")
+    parser.add_argument("--dynamic-batch", action="store_true", help="allow any number of images instead")
     parser.add_argument(
         "--precision",
         choices=("fp32", "fp16"),
         default="fp32",
-        help="of weights and arithmetic; images and outputs stay float32. fp16 is for GPUs",
+        help="precision of weights and arithmetic; images and outputs stay float32. fp16 is for GPUs",
     )
     parser.add_argument("--images", type=Path, help="folder of photos to check with (default: generated images)")
     rounds = "rounds that are measured, after a warm-up"
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> dict[str, Path]:
-    """The files to write, by kind. Before anything is done, UserError for what would stop it later."""
+    """The files to write, by kind. Raises UserError before anything is done for what would stop it later."""
     wanted = {kind: getattr(args, kind) for kind in WRITERS if getattr(args, kind) is not None}
     if not wanted:
         raise UserError("nothing to write; give --onnx FILE.onnx, --torch FILE.pt2 or --aoti FILE.pt2")
@@ -110,7 +110,7 @@ def check(args: argparse.Namespace) -> dict[str, Path]:
             raise UserError(f"{path} exists; remove it, or choose another name")
         check_writable(path)
     if len(set(wanted.values())) < len(wanted):
-        raise UserError("--torch and --aoti need a file each")
+        raise UserError("--torch and --aoti need different files")
     if args.images and not args.images.is_dir():
         raise UserError(f"no such folder: {args.images}")
     if "onnx" in wanted:
@@ -132,7 +132,7 @@ def describe_images(folder: Path | None) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Where to write: it gets its name at the end only. UserError for all that can go wrong in exporting."""
+    """Where to write; the file gets its name at the end. UserError for all that can go wrong in exporting."""
     try:
         with whole_file(path) as temporary:
             yield temporary
@@ -190,7 +190,7 @@ def compare(model: nn.Module, images: Tensor, found: Tensor, half: bool) -> str:
         raise UserError(
             f"{int((off & ~undecided).sum())} of {len(images)} outputs differ from PyTorch's "
             f"by up to {float(differences[off & ~undecided].max()):.1e}, so no file is left; "
-            "tokens with nearly equal scores do that, as in a model that has hardly been trained"
+            "tokens with nearly equal scores can cause this, as in a model that has hardly been trained"
         )
     text = f"{int((~off).sum())} of {len(images)} outputs within {TOLERANCE} of PyTorch's"
     if not off.all():

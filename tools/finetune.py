@@ -25,10 +25,10 @@ from dynamicvit.utils import log
 from torch import nn
 from torch.utils.data import DataLoader
 
-MINUTES = 5.0  # of fine-tuning, where nothing else is asked for
+MINUTES = 5.0  # of fine-tuning, by default
 SAVE_FREQ = "1m"
 VALIDATION_SHARE = 0.25  # of the minutes, at most: with many images held back there are fewer epochs
-VALIDATION_COST = 3  # times measuring the faster model alone, as the dense one is measured too
+VALIDATION_COST = 3  # times that of measuring the faster model alone, as the dense one is measured too
 TRIAL_STEPS = 8  # from which the time of a step is known
 CHECKPOINT_COPIES = 3  # the last, the best and one that is being written
 CHECKPOINT_SIZE = 3  # times the weights: with the two moments of each
@@ -38,7 +38,7 @@ Schedule = tuple[int, int]  # epochs, and steps in each
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to fine-tune: so many minutes, or (exactly repeatable) so many steps. UserError for both."""
+    """How long to fine-tune: in minutes, or (exactly repeatable) in steps. UserError for both."""
 
     minutes: float | None = None
     steps: int | None = None
@@ -56,9 +56,9 @@ class Budget:
 
 
 class Outcome(NamedTuple):
-    """What came of fine-tuning."""
+    """The result of fine-tuning."""
 
-    is_tuned: bool  # whether the model now has weights that fine-tuning came to
+    is_tuned: bool  # whether the model now has fine-tuned weights
     history: list[dict[str, float]]  # by epoch
     stopped: Stopped | None  # by the signal that ended it
 
@@ -137,11 +137,11 @@ class FineTuning:
     def train(
         self, folder: Path | None, schedule: Schedule, gflops: dict[str, float], stop: StopSignal | NoSignal
     ) -> Outcome:
-        """Trains in the folder, or goes on with what was begun there; None: nothing is saved on the way.
+        """Trains in the folder, or resumes what was begun there; None: nothing is saved on the way.
 
-        At the end the model has the last epoch's weights: the learning rate has come down to 0, and that tells more
-        than a few images, among which an earlier epoch may look better by chance. After a signal it has the best
-        epoch's. Whatever else ends the training is said and costs no more than the training.
+        At the end the model has the last epoch's weights: the learning rate has come down to 0, which is a better
+        reason than a few images, on which an earlier epoch may look better by chance. After a signal it has the best
+        epoch's. Any other failure is logged, and costs no more than the training.
         """
         run = self.run(folder if folder and checkpoints_fit(folder, self.model) else None, schedule, gflops, stop)
         stopped = None
@@ -165,7 +165,7 @@ class FineTuning:
     ) -> Run:
         epochs, steps = schedule
         place = Place(str(folder or ""), "auto", evaluating=False)
-        earlier = read_run(place, lambda content: []) if folder else None  # who asks has compared the settings
+        earlier = read_run(place, lambda content: []) if folder else None  # the caller has compared the settings
         recipe = replace(self.recipe, epochs=epochs)
         options = RunOptions(
             place=place,
@@ -184,7 +184,7 @@ class FineTuning:
 
 
 def checkpoints_fit(folder: Path, model: nn.Module) -> bool:
-    """Whether there is room for them beside the model itself; says so where there is not."""
+    """Whether there is room for checkpoints beside the model itself; logs it if there is not."""
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     needed = weights * (1 + CHECKPOINT_COPIES * CHECKPOINT_SIZE)
     free = shutil.disk_usage(folder.parent).free + sum(p.stat().st_size for p in folder.glob("*") if p.is_file())

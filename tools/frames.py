@@ -69,5 +69,5 @@ def check_mask(mask: Image.Image, classes: int, ignore: int, path: str) -> Tenso
     counted = values != ignore
     if (values[counted] >= classes).any():
         found = values[counted].max()
-        raise UserError(f"{path} has class {found}; those that --classes and --ignore name are 0 to {classes - 1}")
+        raise UserError(f"{path} has class {found}; --classes and --ignore allow 0 to {classes - 1}")
     return torch.from_numpy(np.where(counted, values, classes).astype(np.uint8))

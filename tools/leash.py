@@ -2,8 +2,8 @@
 
     python tools/leash.py SCRIPT [ARGUMENT ...]
 
-The script gets SIGTERM then, and saves what it would save at any other one. The only way that works everywhere, as
-nobody can pass on a SIGKILL.
+The script then gets SIGTERM, and saves what it would save at any other one. This is the only way that works
+everywhere, as a killed parent cannot pass on its SIGKILL.
 """
 
 import os

@@ -27,7 +27,7 @@ def find_photos(source: str | Path, count: int | None = None) -> list[Path]:
 
 
 def read_photos(paths: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
-    """RGB images by path. One of several that cannot be read is said and left out; UserError if none can be."""
+    """RGB images by path. One of several that cannot be read is left out with a warning; UserError if none can be."""
     read = 0
     for path in paths:
         try:

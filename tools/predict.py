@@ -50,12 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if args.json and args.json == args.csv:
-        raise UserError("--json and --csv need a file each")
+        raise UserError("--json and --csv need different files")
     answers = Answers({path: writer for path, writer in ((args.json, as_json), (args.csv, as_csv)) if path})
     photos = [photo for given in args.photos for photo in photos_in(given)]
     if args.model.endswith(".pt2"):
         raise UserError(
-            f"{args.model} is for torch.export.load or aoti_load_package; here give what it was exported from, or .onnx"
+            f"{args.model} is for torch.export.load or aoti_load_package; give the model it was exported from, or .onnx"
         )
     run, spec = load_onnx(Path(args.model)) if args.model.endswith(".onnx") else load_torch(args.model)
     names = None if gives_embeddings(spec) else class_names(spec)
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
 def photos_in(given: str) -> list[str]:
     """The file itself, or the images in the folder. Raises UserError where there are none."""
     if not given:
-        raise UserError("an empty name is no photo")
+        raise UserError("the name of a photo is empty")
     if not Path(given).is_dir():
         return [given]
     if found := list_images(given):
@@ -92,9 +92,9 @@ def photos_in(given: str) -> list[str]:
 
 @dataclass
 class Answers:
-    """Printed as they come, and kept for the files (path -> what makes its text) that they are asked for in.
+    """Answers, printed as they come, and kept for the files to write them to (path -> what makes its text).
 
-    Raises UserError at once where one of these cannot be written.
+    Raises UserError at once if one of these cannot be written.
     """
 
     files: dict[Path, Callable[[list[dict[str, Any]]], str]]
@@ -116,7 +116,7 @@ class Answers:
         print("\n".join([printable(photo), *(f"  {p:6.1%}  {name}" for name, p in top)]), flush=True)
 
     def add_embedding(self, photo: str, embedding: Tensor) -> None:
-        """Its size and norm, and how similar to the first one it is."""
+        """Prints its size and norm, and how similar it is to the first one."""
         self.records.append({"photo": photo, "embedding": embedding.tolist()})
         name = printable(photo)
         print(f"{name}: embedding of {len(embedding)} numbers, norm {embedding.norm():.3f}", flush=True)
@@ -187,7 +187,7 @@ def load_onnx(path: Path) -> tuple[Runner, ModelSpec]:
         except Exception as error:
             raise UserError(f"ONNX Runtime cannot run {path} ({first_line(error)})") from error
         if output.ndim != 2 or len(output) != wanted or (spec.num_classes and output.shape[1] != spec.num_classes):
-            raise UserError(f"{path} answers with numbers of shape {output.shape}, not {(wanted, spec.num_classes)}")
+            raise UserError(f"{path} gives outputs of shape {output.shape}, not {(wanted, spec.num_classes)}")
         return torch.from_numpy(output)[: len(images)]
 
     return run, spec

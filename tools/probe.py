@@ -1,4 +1,4 @@
-"""A linear head on frozen features, and what it makes of other models' features: tools.dense_probe's measurement."""
+"""A linear head on frozen features, and how well it reads other models' features: what tools.dense_probe measures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dynamicvit.utils import log
 from torch import Tensor, nn
 
 DENSE = "dense"
-PIXELS_OF_A_FRAME = 8192  # that the head's loss is computed on, drawn anew each time
+PIXELS_OF_A_FRAME = 8192  # that the head's loss is computed on, new ones each time
 LEARNING_RATE, WEIGHT_DECAY, FRAMES_OF_A_STEP = 1e-2, 1e-4, 8
 PERCENT = 100
 SECONDS_OF_TIMING = 120.0
@@ -52,7 +52,7 @@ class Contender:
 
 
 class Probe:
-    """Trains heads on features, and compares models by what the heads make of theirs."""
+    """Trains heads on features, and compares models by how well the heads read theirs."""
 
     def __init__(
         self,
@@ -170,14 +170,14 @@ def draw_pixels(masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
 
 
 def count_pairs(labels: Tensor, answers: Tensor, classes: int) -> Tensor:
-    """(classes, classes): how many pixels of a class got which answer; of those of no class none is counted."""
+    """(classes, classes): how many pixels of a class got which answer; pixels of no class are not counted."""
     counted = labels < classes
     pairs = labels[counted] * classes + answers[counted]
     return torch.bincount(pairs, minlength=classes * classes).unflatten(0, (classes, classes)).float()
 
 
 def scores(confusion: Tensor) -> dict[str, float]:
-    """In percent: mean intersection over union of the classes that there are, and the pixels that are right."""
+    """In percent: mean intersection over union of the classes that occur, and the pixels that are right."""
     right = confusion.diag()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - right
     there = union > 0

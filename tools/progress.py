@@ -1,4 +1,4 @@
-"""Says on stderr how far a long piece of work is, so that no command is silent for long; tables stay on stdout."""
+"""Says on stderr how far a long task has come, so that no command is silent for long; tables stay on stdout."""
 
 import sys
 import time

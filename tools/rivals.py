@@ -36,7 +36,7 @@ class Rival:
     reducer: Reducer
 
     def keep_rates(self, num_patches: int) -> tuple[float, ...]:
-        """By which a dynamic model keeps exactly so many."""
+        """Keep rates by which a dynamic model keeps exactly these counts."""
         return tuple(min(1.0, (count + 0.5) / num_patches) for count in self.counts)
 
 
@@ -53,8 +53,8 @@ def make_rival(vit: nn.Module, rival: Rival) -> nn.Module:
 class KeyScorer(Scorer):
     """The distance of every second token to the most similar one among the others, by the mean of the heads' keys.
 
-    The others, the first, third, ... token, never leave: their score is beyond every distance. Of the similarities
-    only those that matter are computed, so that BipartiteReducer alone can use them.
+    The others, the first, third, ... token, never leave: their score is beyond every distance. Only the similarities
+    that matter are computed, so only BipartiteReducer can use them.
     """
 
     name = "keys"
@@ -130,10 +130,10 @@ class EnergyScorer(Scorer):
 
 
 class EnergyReducer(Reducer):
-    """Pairs of tokens of much energy merge: every second one, in that order, joins the most similar of the others.
+    """Pairs of tokens with much energy merge: every second one, by energy, joins the most similar of the others.
 
-    As the authors' code does it for DeiT: in late blocks among the tokens of most energy only, twice as many as have
-    to go, so that the others are protected; in early blocks among all, and the pairs that are most alike merge.
+    As the authors' code does it for DeiT: in late blocks only among the tokens with the most energy, twice as many as
+    have to go, so that the others are protected; in early blocks among all, and the pairs that are most alike merge.
     early: the numbers of tokens that come to the early blocks.
     """
 
@@ -225,7 +225,7 @@ def diffrate(published: tuple[str, str], gflops: float) -> Rival:
     return Rival(f"DiffRate, {gflops} G", tuple(counts), ImportanceScorer(), PruneAndMerge(pruned))
 
 
-# --- At a wished cost
+# --- At a given cost
 
 
 def nearest(name: str, spec: ModelSpec, gflops: float) -> Rival:
@@ -256,7 +256,7 @@ def nearest(name: str, spec: ModelSpec, gflops: float) -> Rival:
 
 
 def nearest_of(settings: Sequence[Callable], cost: Callable, gflops: float) -> Callable:
-    """Of settings whose cost falls."""
+    """The nearest of settings whose cost falls."""
     known = functools.cache(cost)
     first_below = bisect_left(settings, -gflops, key=lambda setting: -known(setting))
     return min(settings[max(0, first_below - 1) : first_below + 1], key=lambda setting: abs(known(setting) - gflops))

@@ -30,7 +30,7 @@ assert "timm" not in sys.modules
 
 
 class Answer(nn.Module):
-    """The tensor alone of what a transformers model answers."""
+    """Only the tensor of what a transformers model returns."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

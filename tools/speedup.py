@@ -1,8 +1,8 @@
-"""Where tokens merge and how many stay, so that a model is so many times as fast here, in the use that it is for.
+"""Where tokens merge and how many stay, so that a model reaches a given speed-up on this machine, in its intended use.
 
-Arithmetic is a poor guide to time: scoring and merging cost time that no multiply-adds tell of, and a small batch
-cannot make use of fewer tokens. So a few layouts are timed beside the dense model, their rates follow until the time
-is what was asked for, and of those that reach it the one most like the dense model is taken.
+Arithmetic is a poor guide to time: scoring and merging cost time that multiply-adds do not show, and a small batch
+cannot make use of fewer tokens. So a few layouts are timed beside the dense model, and their rates are adjusted until
+the time is what was asked for. Of those that reach it the one most like the dense model is taken.
 """
 
 import copy
@@ -35,12 +35,12 @@ from dynamicvit.utils import log
 from torch import Tensor, nn
 
 STAGE_COUNTS = (MAX_STAGES, 5, 3)  # of the layouts that are timed, at most
-TIMINGS, MAX_TIMINGS = 3, 6  # each with rates that follow from those before; more than 3 while no layout is fast enough
-TOLERANCE = 0.02  # of a speed-up: what timing cannot tell
-CLOSE_ENOUGH = 0.05  # above the wish; slower would be more like the dense model
+TIMINGS, MAX_TIMINGS = 3, 6  # each with rates based on those before; more than 3 while no layout is fast enough
+TOLERANCE = 0.02  # of a speed-up: what timing cannot resolve
+CLOSE_ENOUGH = 0.05  # above the wish; a slower model would be more like the dense one
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 6.0, 5, 30  # of a timing
 BUSY = 1.3  # median over least time, above which something else is going on
-USUAL_SPEEDUP = 1.5  # where nothing else is asked for; and to place stages whose rates are given by hand
+USUAL_SPEEDUP = 1.5  # by default; and to place stages whose rates are given by hand
 GPU_TURN_SECONDS = 0.05  # in which a GPU's queue fills
 RATES = np.linspace(LOWEST_RATE, 1, 5)  # shares of its tokens that a stage keeps, whose cost is counted
 DENSE = "dense"
@@ -95,7 +95,7 @@ class Wish:
 
 
 def layouts(dense: nn.Module, wish: Wish, features: bool) -> list[ModelSpec]:
-    """Descriptions of dynamic models that keep all tokens yet: with as many stages as the library would choose, and
+    """Descriptions of dynamic models that still keep all tokens: with as many stages as the library would choose, and
     with fewer, which take less time."""
     family = family_of(dense)
     depth = len(family.blocks(dense))
@@ -112,10 +112,10 @@ def layouts(dense: nn.Module, wish: Wish, features: bool) -> list[ModelSpec]:
 def choose_spec(
     dense: nn.Module, wish: Wish, timer: Timer, distance: Callable[[nn.Module], float], features: bool = False
 ) -> ModelSpec:
-    """The description of the faster model. dense: with its spec; distance: of a faster model's outputs from its.
+    """The description of the faster model. dense: with its spec. distance: of a faster model's outputs from its.
 
     features: the model is for its features; timer and distance are then of these. Raises
-    UserError for a wish that cannot be met, and says which one can.
+    UserError for a wish that cannot be met, and says which one can be.
     """
     specs = layouts(dense, wish, features)
     stages = len(specs[0].pruning_loc)
@@ -138,7 +138,7 @@ def choose_spec(
 
 @dataclass
 class Layout:
-    """Places of stages whose rates are sought. Costs and times are shares of the dense model's."""
+    """Places of stages, whose rates are to be found. Costs and times are shares of the dense model's."""
 
     spec: ModelSpec
     model: nn.Module  # shares its weights with the dense one
@@ -156,7 +156,7 @@ class Layout:
         return cls(spec, model, costs)
 
     def set_cost(self, cost: float) -> None:
-        """Rates at which the model costs about so much, or as little as it can."""
+        """Sets rates at which the model costs about this much, or as little as it can."""
         self.cost = min(max(cost, self.costs[0]), self.costs[-1])
         rate = float(np.interp(self.cost, self.costs, RATES))
         rates = geometric_keep_rates(rate, len(self.spec.pruning_loc), FEWEST_TOKENS)
@@ -180,7 +180,7 @@ class Layout:
         return at_limit or (self.meets(speedup) and self.speedup <= (1 + CLOSE_ENOUGH) * speedup)
 
     def aim(self, speedup: float) -> None:
-        """Sets the cost that should take the time wished for, on the line through the last two measurements."""
+        """Sets the cost that should take the time asked for, on the line through the last two measurements."""
         (cost, time), slope = self.seen[-1], 1.0
         if len(self.seen) > 1 and abs(cost - self.seen[-2][0]) > TOLERANCE:
             slope = (time - self.seen[-2][1]) / (cost - self.seen[-2][0])
@@ -218,12 +218,12 @@ def choose_by_time(
 def cannot_be_met(speedup: float, limit: float) -> str:
     if limit <= 1 + CLOSE_ENOUGH:
         able = f"the limit is {limit:.2f}: nothing to gain"
-        return f"a speedup of {speedup:g} cannot be had here, {able}; try a larger batch, input or model"
-    return f"a speedup of {speedup:g} cannot be had here, at most {floor(limit)}"
+        return f"a speedup of {speedup:g} cannot be reached here ({able}); try a larger batch, input or model"
+    return f"a speedup of {speedup:g} cannot be reached here, at most {floor(limit)}"
 
 
 def floor(value: float) -> str:
-    """Rounded down to hundredths, so that what a message names can be had."""
+    """Rounded down to hundredths, so that the speed-up that a message names can be reached."""
     return f"{int(100 * value) / 100:.2f}"
 
 

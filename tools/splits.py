@@ -1,4 +1,4 @@
-"""The images that a model is made faster with: which ones it learns from, and which are held back to measure on."""
+"""The images for making a model faster: which ones it learns from, and which are held back to measure on."""
 
 import hashlib
 import os
@@ -54,7 +54,7 @@ class PhotoFiles(ImageFiles):
     def __init__(
         self, samples: Iterable[tuple[str, int]], classes: Sequence[str], root: Path, short_side: int | None = None
     ) -> None:
-        """short_side: pixels that height and width must have in any case; None: decode all of them."""
+        """short_side: pixels that height and width must at least have; None: decode all of them."""
         super().__init__(samples, classes, root)
         self.short_side = short_side
 
@@ -66,12 +66,12 @@ class PhotoFiles(ImageFiles):
         return PhotoFiles(islice(self.samples(), count), self.classes, self.root)
 
     def repeated(self, times: int) -> "PhotoFiles":
-        """Each image so many times."""
+        """Each image this many times."""
         return PhotoFiles([*self.samples()] * times, self.classes, self.root, self.short_side)
 
 
 class LoaderImages(Dataset):
-    """What a user's DataLoader reads, image by image, with his own transforms and collate function.
+    """What a user's DataLoader reads, image by image, with the user's own transforms and collate function.
 
     It gives images as the model takes them. Here they become pixels from 0 to 255 again, as all other images
     are until they are on the device; nothing is rounded.
@@ -110,7 +110,9 @@ def take_apart(batch: Any) -> tuple[Tensor, int]:
         batch = [batch[names[0]] if names else None, batch.get("labels", batch.get("label"))]
     images, label = (batch, None) if isinstance(batch, Tensor) else (*batch, None)[:2]
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        raise UserError("the loader gives no batches of images: float tensors of (B, 3, H, W), alone or before labels")
+        raise UserError(
+            "the loader must give batches of images: float tensors of shape (B, 3, H, W), alone or before labels"
+        )
     is_label = isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point()
     return images, int(label) if is_label else IGNORED_LABEL
 
@@ -159,7 +161,7 @@ def short_side(spec: ModelSpec) -> int:
 
 
 def read_images(folder: Path, spec: ModelSpec) -> ImageFiles:
-    """All below a folder. Raises UserError where there is none, or where it is a whole data set with its parts."""
+    """All images below a folder. Raises UserError if there is none, or if it is a whole data set with its parts."""
     if not folder.is_dir():
         raise UserError(f"no folder of images: {folder}")
     parts = [part for part in PARTS if (folder / part).is_dir()]
@@ -173,7 +175,7 @@ def split_loader(loader: DataLoader, spec: ModelSpec) -> Split:
     """As split_images."""
     data_set = loader.dataset
     if not hasattr(data_set, "__len__") or not hasattr(data_set, "__getitem__"):
-        raise UserError("the loader's data set has no length: give one whose images can be had by number")
+        raise UserError("the loader's data set has no length: give one whose images can be read by index")
     chosen = Chosen()
     for index in sorted(range(len(data_set)), key=lambda index: name_hash(str(index))):
         if (wanted := chosen.part_of(str(index))) is not None:
@@ -190,7 +192,7 @@ def split_loader(loader: DataLoader, spec: ModelSpec) -> Split:
 
 
 class Chosen:
-    """Images by what becomes of them."""
+    """Images by what they are used for."""
 
     def __init__(self) -> None:
         self.training: list[Any] = []
@@ -203,7 +205,7 @@ class Chosen:
         return part if len(part) < most else None
 
     def settle(self, origin: str) -> None:
-        """Too few to learn from are all measured on. UserError where there are none."""
+        """If there are too few to learn from, all are measured on. UserError if there are none."""
         usable = len(self.training) + len(self.held_back)
         if usable == 0:
             raise UserError(f"no image that can be read in {origin}")
@@ -225,7 +227,7 @@ def name_hash(name: str) -> int:
 
 
 def is_image(path: str) -> bool:
-    """By its header alone, as decoding thousands takes minutes."""
+    """Judges a file by its header alone, as decoding thousands takes minutes."""
     try:
         if os.path.isfile(path):  # a FIFO would be waited for without end
             Image.open(path).close()
@@ -236,7 +238,7 @@ def is_image(path: str) -> bool:
 
 
 class Decoded(Dataset):
-    """The images held back, read and cut out once, as everything is measured on them again and again."""
+    """The images held back, read and prepared once, as everything is measured on them again and again."""
 
     def __init__(self, source: Dataset, images: Tensor, labels: Tensor) -> None:
         """images: (N, 3, H, W) in pixels from 0 to 255. labels: (N,)."""
@@ -249,7 +251,7 @@ class Decoded(Dataset):
         return self.images[index], int(self.labels[index])
 
     def bad_images(self) -> list[str]:
-        """None: those were left out when they were read."""
+        """Always empty: bad ones were left out when they were read."""
         return []
 
     def loader(self, batch_size: int, pinned: bool) -> DataLoader:
@@ -269,7 +271,7 @@ def decode(source: Source, spec: ModelSpec, num_workers: int) -> Decoded:
 
 
 def with_progress(items: Iterable[T], count: int, what: str) -> Iterator[T]:
-    """The items; says how far it is, every few seconds."""
+    """The items; logs how far it is, every few seconds."""
     said = time.monotonic()
     for done, item in enumerate(items):
         if time.monotonic() - said > EVERY_SECONDS:

@@ -6,7 +6,7 @@
 
 Everything is compared on the same images with the dense model: the same weights with all tokens kept. "merged" is what
 make_dynamic(speedup=) takes. It and ToMe, PiToMe and DiffRate have no base rate: they get the setting whose cost comes
-nearest to that of dropping tokens at random, or, as all others, to --gflops.
+nearest to that of dropping tokens at random, or, like all others, to --gflops.
 Standard errors are those of the mean over images, and of the paired difference where it says so. Writes sweep.csv,
 sweep.png and sweep.npz (the values of every image) to --output. Speed is that of the forward pass alone.
 """
@@ -76,7 +76,7 @@ VARIED = ("dense", "base_rate", "keep_rates", "scorer", "reducer")  # flags of a
 
 
 class Level(NamedTuple):
-    """How far tokens are reduced: by a base rate, or to so many GFLOPs."""
+    """How far tokens are reduced: by a base rate, or to a cost in GFLOPs."""
 
     base_rate: float | None
     gflops: float | None = None
@@ -110,11 +110,22 @@ def build_parser() -> OneLineParser:
     add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder")
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument("--base-rates", type=number(float, KEEP_RATE), nargs="+", default=BASE_RATES)
-    levels.add_argument("--gflops", type=number(float, POSITIVE), nargs="+", help="all ways at these costs instead")
-    add("--methods", choices=METHODS, nargs="+", default=METHODS, help="scorer+reducer, and others' (default: all)")
-    add("--places", choices=PLACES, nargs="+", help="of scorer+reducer's stages by their blocks (default: the model's)")
-    add("--crop-pct", type=number(float, KEEP_RATE), help="side of the part of an image that is looked at (1: all)")
-    add("--batch-size", type=number(int, POSITIVE), default=64, help="images a forward pass")
+    levels.add_argument("--gflops", type=number(float, POSITIVE), nargs="+", help="instead: all methods at these costs")
+    add(
+        "--methods",
+        choices=METHODS,
+        nargs="+",
+        default=METHODS,
+        help="scorer+reducer, and other papers' (default: all)",
+    )
+    add(
+        "--places",
+        choices=PLACES,
+        nargs="+",
+        help="where scorer+reducer's stages are, by their blocks (default: the model's)",
+    )
+    add("--crop-pct", type=number(float, KEEP_RATE), help="share of an image's side that the model sees (1: all)")
+    add("--batch-size", type=number(int, POSITIVE), default=64, help="images per forward pass")
     add("--num-workers", type=number(int, NOT_NEGATIVE), default=2, help="loader processes")
     add("--amp", choices=("auto", *AMP_DTYPES), default="auto", help="mixed precision")
     add("--device", default="auto", help="auto, cuda or cpu")
@@ -153,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
         for variant in variants[1:]:
             variant.model.set_keep_rates(level.keep_rates(variant.model))
         others = others_of(model, [method for method in args.methods if method in OTHERS], level)
-        utils.set_seed(0)  # random scores that a second sweep draws again
+        utils.set_seed(0)  # so that a second sweep draws the same random scores
         contestants = [*variants, *others]
         batches = track(loader, f"{level}: batches", len(loader))
         models = {contestant.name: contestant.model for contestant in contestants}
@@ -165,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def levels_of(model: nn.Module, base_rates: Sequence[float], gflops: Sequence[float] | None) -> list[Level]:
-    """Raises UserError before the first of many passes for what would stop a later one."""
+    """Raises UserError, before the first of many passes, for what would stop a later one."""
     if gflops is None:
         levels = [Level(base_rate) for base_rate in base_rates]
         for level in levels:
@@ -175,7 +186,7 @@ def levels_of(model: nn.Module, base_rates: Sequence[float], gflops: Sequence[fl
                 raise UserError(f"--base-rates {level.base_rate}: {error}") from error
         return levels
     if not isinstance(model, TokenPruning):
-        raise UserError(f"--gflops is for plain transformers, and {model.spec.arch} is none: use --base-rates")
+        raise UserError(f"--gflops is for plain transformers, not for {model.spec.arch}: use --base-rates")
     dense = dense_gflops(model)
     for wish in gflops:
         if wish >= dense:
@@ -231,7 +242,7 @@ def variants_of(model: nn.Module, methods: Sequence[str], places: Sequence[str],
 
 
 def others_of(model: nn.Module, names: Sequence[str], level: Level) -> list[Contestant]:
-    """Ways that have no base rate, at about the cost of dropping tokens at random, or at the level's."""
+    """Methods without a base rate, at about the cost of dropping tokens at random, or at the level's."""
     if not names or not isinstance(model, TokenPruning):
         return []
     say(f"{level}: choosing the settings of {', '.join(OTHERS[name] for name in names)}")

@@ -37,7 +37,7 @@ TABLE = Table(COLUMNS)
 
 
 class Answers(NamedTuple):
-    """What a model said, by image, and how long it took, by batch."""
+    """What a model answered, by image, and how long it took, by batch."""
 
     correct: np.ndarray | None  # 0 or 1; None without labels
     agrees: np.ndarray  # 0 or 1: the dense model's top-1

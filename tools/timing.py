@@ -29,7 +29,7 @@ def interleave(
 ) -> dict[str, np.ndarray]:
     """Seconds per step, by contender: one number a round.
 
-    seconds_at_most: after so many of measuring no round begins, but for the first FEWEST_ROUNDS.
+    seconds_at_most: after this long no new round begins, except for the first FEWEST_ROUNDS.
     """
     seconds = {name: [] for name in steps}
     names = list(steps)

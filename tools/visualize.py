@@ -1,4 +1,4 @@
-"""Shows what a model makes of an image's patches: which leave, which become one token, what it sees then.
+"""Shows what a model does with an image's patches: which leave, which become one token, what it sees then.
 
 dynamicvit visualize fast/ photo.jpg                            # a saved model, a run's folder or a checkpoint
 dynamicvit visualize logs/my_run photos/ --gif
@@ -39,11 +39,20 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="a saved model, a run's folder or a checkpoint; or see --pretrained")
     add("source", metavar="IMAGE_OR_FOLDER", help="what to draw; SHAPES draws generated images")
-    add("--resume", help="the model, by another name")
+    add("--resume", help="another way to give MODEL")
     options.add_model_flags(parser)
-    add("--count", type=options.number(int, options.POSITIVE), default=16, help="images at most, of a folder or SHAPES")
+    add(
+        "--count",
+        type=options.number(int, options.POSITIVE),
+        default=16,
+        help="at most this many images of a folder or SHAPES",
+    )
     add("--output", type=Path, default=start.RUNS / "pictures", help="folder")
-    add("--all-stages", action="store_true", help="in the strips; else the first, the middle and the last")
+    add(
+        "--all-stages",
+        action="store_true",
+        help="show all of them in the strips, not only the first, the middle and the last",
+    )
     add("--gif", action="store_true", help="animate each image, too")
     return parser
 
@@ -70,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def which_model(model: str | None, resume: str | None, flags: options.ModelFlags, photos: str) -> str | None:
-    """What to load; None for dense weights made dynamic by flags. UserError if the command does not say one thing."""
+    """What to load; None for dense weights made dynamic by flags. UserError if the command names none or several."""
     named = [name for name in (model, resume, flags.pretrained) if name]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)} both name the weights; give one of them")
