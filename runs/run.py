@@ -233,7 +233,8 @@ def restore(trainer: Trainer, state: RunState) -> RunningMeans:
         trainer.optimizer.load_state_dict(state.optimizer)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever the file holds instead
         raise UserError(
-            "the run to resume trained a different kind of model; pass its checkpoint as --pretrained instead"
+            "the run to resume trained a different kind of model, or other parts of it as another version did; "
+            "pass its checkpoint as --pretrained instead"
         ) from error
     for group, decay in zip(trainer.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay  # as this command asks for; the learning rates are set anew at every step

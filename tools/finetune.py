@@ -29,7 +29,7 @@ MINUTES = 5.0  # of fine-tuning, by default
 SAVE_FREQ = "1m"
 VALIDATION_SHARE = 0.25  # of the minutes, at most: with many images held back there are fewer epochs
 VALIDATION_COST = 3  # times that of measuring the faster model alone, as the dense one is measured too
-TRIAL_STEPS = 8  # from which the time of a step is known
+TRIAL_STEPS, FEWEST_TRIAL_STEPS, TRIAL_SECONDS = 32, 6, 8.0  # from which the time of a step is known
 CHECKPOINT_COPIES = 3  # the last, the best and one that is being written
 CHECKPOINT_SIZE = 3  # times the weights: with the two moments of each
 
@@ -122,8 +122,9 @@ class FineTuning:
         return epochs, math.ceil(steps / epochs)
 
     def seconds_a_step(self) -> float:
-        """Median over a few steps of a copy."""
-        log(f"timing {TRIAL_STEPS} training steps of {self.recipe.batch_size} images")
+        """Median over a few steps of a copy, from the half in which the loader has its first batches ready: it shares
+        the cores with training, and begins by filling a queue."""
+        log(f"timing training steps of {self.recipe.batch_size} images")
         trainer = self.trainer(self.recipe, copy.deepcopy(self.model), TRIAL_STEPS)
         trainer.model.train()
         ends = []
@@ -132,7 +133,10 @@ class FineTuning:
             accumulate_gradients(trainer, images, labels, last=True)["loss"].item()  # waits for a GPU
             update_weights(trainer, before_step)
             ends.append(time.monotonic())
-        return statistics.median([after - before for before, after in pairwise(ends)])
+            if len(ends) >= FEWEST_TRIAL_STEPS and ends[-1] - ends[0] > TRIAL_SECONDS:
+                break
+        seconds = [after - before for before, after in pairwise(ends)]
+        return statistics.median(seconds[len(seconds) // 2 :])
 
     def train(
         self, folder: Path | None, schedule: Schedule, gflops: dict[str, float], stop: StopSignal | NoSignal
