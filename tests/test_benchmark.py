@@ -74,10 +74,6 @@ def test_inference_report(tmp_path: Path) -> None:
     assert "profil" not in result.stderr
 
 
-def test_counting_the_memory_of_training_is_quiet() -> None:
-    assert "profil" not in run_command("--train").stderr
-
-
 def test_row_is_made_of_the_seconds_measured() -> None:
     seconds = {"dense": np.array([1.0, 2.0, 4.0]), "dynamic": np.array([1.0, 0.5, 1.0])}
     dense, dynamic = (benchmark.summarize(seconds, name, batch_size=2) for name in seconds)

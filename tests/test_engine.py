@@ -132,7 +132,7 @@ def test_evaluation_leaves_ignored_labels_out() -> None:
     images.tensors[1][7:] = IGNORED_LABEL
     assert evaluate_ranking(6, DataLoader(images, 4), sharded=False) == pytest.approx(SIX_CLASSES)
     images.tensors[1][:] = IGNORED_LABEL
-    with pytest.raises(UserError, match="no image"):
+    with pytest.raises(UserError, match="no validation image has a label"):
         evaluate_ranking(6, DataLoader(images, 4), sharded=False)
 
 

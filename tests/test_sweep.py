@@ -168,19 +168,18 @@ def test_all_at_the_same_cost(weights: Path, tmp_path: Path) -> None:
     """The stages of "merged" are its own, whatever those of the model are."""
     write_images(tmp_path / "photos", 5)
     dense = count_gflops(small_model(num_classes=2, dense=True, pruning_loc=None), 32)
-    wishes = [0.8 * dense, 0.7 * dense]
-    flags = ["--methods", "attention+drop", "merged", "tome", "--gflops", *map(str, wishes)]
+    wish = 0.75 * dense
+    flags = ["--methods", "attention+drop", "merged", "tome", "--gflops", str(wish)]
     assert run(weights, "--data-path", tmp_path / "photos", *flags, "--output", tmp_path / "out") == 0
     _, *rows = read_rows(tmp_path / "out")
     assert {row["base_rate"] for row in rows} == {""}
-    for wish, (drop, merged, tome) in zip(wishes, (rows[:3], rows[3:]), strict=True):
-        assert float(drop["gflops"]) == pytest.approx(wish, rel=0.05) and float(drop["gflops"]) <= wish
-        vit = small_model(num_classes=2, dense=True, pruning_loc=None)
-        expected = make_dynamic(vit, speedup=dense / wish)
-        assert float(merged["gflops"]) == pytest.approx(count_gflops(expected, 32))
-        assert merged["method"] == f"merged, {len(expected.pruning_loc)} stages" and merged["place"] == "inside"
-        assert tome["method"].startswith("ToMe, r = ")
-    assert f"merged {float(rows[1]['gflops']):.3f} GFLOPs kl" in np.load(tmp_path / "out" / "sweep.npz")
+    drop, merged, tome = rows
+    assert 0.95 * wish <= float(drop["gflops"]) <= wish
+    expected = make_dynamic(small_model(num_classes=2, dense=True, pruning_loc=None), speedup=dense / wish)
+    assert float(merged["gflops"]) == pytest.approx(count_gflops(expected, 32))
+    assert merged["method"] == f"merged, {len(expected.pruning_loc)} stages" and merged["place"] == "inside"
+    assert tome["method"].startswith("ToMe, r = ")
+    assert f"merged {float(merged['gflops']):.3f} GFLOPs kl" in np.load(tmp_path / "out" / "sweep.npz")
 
 
 def test_answers_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
