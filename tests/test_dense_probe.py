@@ -12,8 +12,9 @@ from conftest import ONE_THREAD, ROOT, launch
 from dynamicvit.errors import UserError
 from dynamicvit.models import create_model, make_dynamic, pictures, save_pretrained
 from dynamicvit.tools import dense_probe
+from dynamicvit.tools.comparison import worst_tenth
 from dynamicvit.tools.frames import Frames, read_frames
-from dynamicvit.tools.probe import Contender, Probe, count_pairs, draw_pixels, scores, worst_tenth
+from dynamicvit.tools.probe import Contender, Probe, count_pairs, draw_pixels, scores
 from PIL import Image
 
 SIZES = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -93,7 +94,7 @@ def test_scores_by_hand() -> None:
     assert found["accuracy"] == pytest.approx(100 * 3 / 5)
     absent = scores(count_pairs(torch.tensor([0, 1]), torch.tensor([0, 1]), 3))
     assert absent["miou"] == pytest.approx(100)
-    assert worst_tenth(torch.arange(20.0)[None]) == pytest.approx(0.5)
+    assert worst_tenth(torch.stack([torch.arange(20.0), torch.arange(20.0) + 3])).tolist() == [0.5, 3.5]
 
 
 def test_the_head_learns_and_faster_models_are_near(scenes: Path) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 DENSE, MERGED, TUNED = "dense", "merged", "fine-tuned"
 PERCENT = 100
 DECIMALS = {"agreement": 1, "kl": 4, "cosine": 4, "worst": 4, "neighbour": 1, "top1": 1}
-WORST = 0.1  # share of an image's tokens
 NAMES = {
     "agreement": "agreement",
     "kl": "KL",
@@ -67,8 +66,12 @@ def compare_embeddings(answers: Answers, dense: Tensor) -> dict[str, Tensor]:
 
 def compare_features(answers: Answers, dense: Tensor) -> dict[str, Tensor]:
     cosines = token_cosines(answers.outputs, dense)
-    worst = cosines.topk(math.ceil(WORST * cosines.shape[1]), dim=1, largest=False).values
-    return {"cosine": cosines.mean(dim=1), "worst": worst.mean(dim=1)}
+    return {"cosine": cosines.mean(dim=1), "worst": worst_tenth(cosines)}
+
+
+def worst_tenth(cosines: Tensor) -> Tensor:
+    """(N, T) of each image's tokens -> (N,) the mean over the tenth of them that changed most."""
+    return cosines.topk(math.ceil(cosines.shape[1] / 10), dim=1, largest=False).values.mean(dim=1)
 
 
 def token_cosines(outputs: Tensor, dense: Tensor) -> Tensor:

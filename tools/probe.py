@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dynamicvit.models import Preprocessing
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.runs.tables import Column, Row, Table
+from dynamicvit.tools.comparison import worst_tenth
 from dynamicvit.tools.frames import Frames
 from dynamicvit.tools.timing import interleave, times_as_fast
 from dynamicvit.utils import log
@@ -140,7 +141,7 @@ class Probe:
         if cosines:
             cosine = torch.cat(cosines)
             row |= {"fewer": count_gflops(dense.model, size, features=True) / gflops}
-            row |= {"cosine": cosine.mean().item(), "worst": worst_tenth(cosine)}
+            row |= {"cosine": cosine.mean().item(), "worst": worst_tenth(cosine).mean().item()}
         return row
 
     @torch.no_grad()
@@ -183,9 +184,3 @@ def scores(confusion: Tensor) -> dict[str, float]:
     there = union > 0
     miou = (right[there] / union[there]).mean().item()
     return {"miou": PERCENT * miou, "accuracy": PERCENT * (right.sum() / confusion.sum()).item()}
-
-
-def worst_tenth(cosine: Tensor) -> float:
-    """(N, patches) -> the mean over each image's tenth of patches with the least."""
-    count = max(1, cosine.shape[1] // 10)
-    return cosine.topk(count, dim=1, largest=False).values.mean().item()
