@@ -49,7 +49,7 @@ def exit_status(command: Callable[[], None]) -> int:
     signal prints its line and then dies of that signal, so that a shell's loop or `&&` stops, too.
     """
     print_anywhere()
-    is_command = raise_on_interrupt()
+    is_command, at_the_end = raise_on_interrupt(), die_of_stop_signals
     if is_command:
         sys.unraisablehook = without_noise
     try:
@@ -60,7 +60,8 @@ def exit_status(command: Callable[[], None]) -> int:
                 sys.stdout.flush()  # here, so that a pipe that nobody reads gives no traceback
         return 0
     except Stopped as stopped:
-        ignore_stop_signals()
+        at_the_end = ignore_stop_signals  # a second notice must not make a failure of what is saved
+        at_the_end()
         log(str(stopped))
         end_loader_processes()
         if StopSignal.last not in ("", NOTICE):
@@ -82,7 +83,7 @@ def exit_status(command: Callable[[], None]) -> int:
     finally:
         end_loader_processes()
         if is_command:
-            die_of_stop_signals()  # only Python's own shutdown is left, where Ctrl-C would show a traceback
+            at_the_end()  # only Python's own shutdown is left, where Ctrl-C would show a traceback
 
 
 def print_anywhere() -> None:

@@ -103,6 +103,27 @@ def test_ctrl_c_ends_a_command_by_the_signal() -> None:
 
 
 @posix_only
+def test_a_second_notice_makes_no_failure_of_a_saved_run() -> None:
+    """It comes while Python shuts down."""
+    code = """
+import atexit, signal
+from dynamicvit.errors import exit_status
+from dynamicvit.signals import StopSignal, Stopped, end_on_interrupt
+
+def command():
+    StopSignal()
+    signal.raise_signal(signal.SIGUSR1)
+    raise Stopped("saved")
+
+atexit.register(signal.raise_signal, signal.SIGUSR1)
+end_on_interrupt()
+raise SystemExit(exit_status(command))
+"""
+    result = run_python("-c", code)
+    assert (result.returncode, result.stdout) == (0, "saved\n")
+
+
+@posix_only
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", -2), ("SIGTERM", -15), ("SIGUSR1", 0)])
 def test_a_run_that_has_saved_ends_by_the_signal(name: str, status: int) -> None:
     """Except for a scheduler's notice, which is no failure."""
