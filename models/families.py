@@ -71,20 +71,8 @@ def make_dynamic(
     if speedup is not None and not isinstance(speedup, numbers.Real):
         raise ValueError(f"speedup must be a number, such as 1.6; got {speedup!r}")
     family = family_of(backbone)
-    chosen_by_hand = {"pruning_loc": pruning_loc, "keep_rates": keep_rates}
     if speedup is None:
-        missing = [name for name, value in chosen_by_hand.items() if value is None]
-        if missing:
-            raise ValueError(
-                f"make_dynamic needs speedup (such as 1.6), or pruning_loc and keep_rates; no {missing[0]} was given"
-            )
-        if for_features:
-            raise ValueError("for_features chooses stages for a speedup; with pruning_loc and keep_rates, leave it out")
-        if not isinstance(keep_rates, Sequence) and not hasattr(keep_rates, "__len__"):
-            rates = family.keep_rates(keep_rates, len(pruning_loc))
-            raise ValueError(
-                f"keep_rates needs a share of all tokens for each stage; {keep_rates} as a base rate would be {rates}"
-            )
+        check_choice_by_hand(family, pruning_loc, keep_rates, for_features)
         plan = Plan(
             as_blocks(pruning_loc),
             tuple(keep_rates),
@@ -101,6 +89,25 @@ def make_dynamic(
     reducer = find(reducer or choice.reducer, REDUCERS, Reducer)
     loc = None if pruning_loc is None else as_blocks(pruning_loc)
     return family.make_dynamic(backbone, choose(backbone, family, speedup, scorer, reducer, place, loc, choice))
+
+
+def check_choice_by_hand(
+    family: Family, pruning_loc: Sequence[int] | None, keep_rates: Sequence[float] | None, for_features: bool
+) -> None:
+    """Raises ValueError where stages and rates are not both given, as make_dynamic takes them."""
+    chosen = {"pruning_loc": pruning_loc, "keep_rates": keep_rates}
+    missing = [name for name, value in chosen.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"make_dynamic needs speedup (such as 1.6), or pruning_loc and keep_rates; no {missing[0]} was given"
+        )
+    if for_features:
+        raise ValueError("for_features chooses stages for a speedup; with pruning_loc and keep_rates, leave it out")
+    if not isinstance(keep_rates, Sequence) and not hasattr(keep_rates, "__len__"):
+        rates = family.keep_rates(keep_rates, len(pruning_loc))
+        raise ValueError(
+            f"keep_rates needs a share of all tokens for each stage; {keep_rates} as a base rate would be {rates}"
+        )
 
 
 def as_blocks(pruning_loc: Sequence[int]) -> tuple[int, ...]:

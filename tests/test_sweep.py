@@ -18,7 +18,7 @@ from dynamicvit.models import (
     make_dynamic,
 )
 from dynamicvit.models.flops import count_gflops
-from dynamicvit.tools import sweep
+from dynamicvit.tools import sweep, sweep_methods
 from dynamicvit.tools.sweep_report import summarize
 from PIL import Image
 
@@ -194,10 +194,10 @@ def test_answers_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def models_of(model: torch.nn.Module, methods: Sequence[str], trained: bool = False, rate: float = 0.6) -> dict:
     """By name, at this rate."""
-    variants = sweep.variants_of(model, methods, (model.place,), trained)
+    variants = sweep_methods.variants_of(model, methods, (model.place,), trained)
     for variant in variants[1:]:
-        variant.model.set_keep_rates(sweep.Level(rate).keep_rates(variant.model))
-    others = sweep.others_of(model, [name for name in methods if name in sweep.OTHERS], sweep.Level(rate))
+        variant.model.set_keep_rates(sweep_methods.Level(rate).keep_rates(variant.model))
+    others = sweep_methods.others_of(model, methods, sweep_methods.Level(rate))
     return {contestant.name: contestant.model for contestant in (*variants, *others)}
 
 
@@ -230,7 +230,7 @@ def test_errors_are_paired() -> None:
 @pytest.mark.parametrize("arch", ["deit_tiny", "lvvit_s"])
 def test_methods_differ_in_nothing_but_tokens(arch: str) -> None:
     model = small_model(arch)
-    models = models_of(model, sweep.METHODS, trained=True)
+    models = models_of(model, sweep_methods.METHODS, trained=True)
     assert {"dense", "learned + drop", "learned + merge", "ToMe", "PiToMe"} < set(models)
     x = as_float(images(4))
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_methods_differ_in_nothing_but_tokens(arch: str) -> None:
 def test_rivals_cost_about_the_same() -> None:
     model = small_model()
     for rate in (0.8, 0.7):
-        costs = {name: count_gflops(m, 32) for name, m in models_of(model, sweep.METHODS, rate=rate).items()}
+        costs = {name: count_gflops(m, 32) for name, m in models_of(model, sweep_methods.METHODS, rate=rate).items()}
         for name in ("merged", "ToMe", "PiToMe"):
             assert costs[name] == pytest.approx(costs["random + drop"], rel=0.1)
 
@@ -262,9 +262,9 @@ def test_what_a_backbone_cannot_do_is_left_out(capsys: pytest.CaptureFixture) ->
 
     sizes = {"embed_dim": 8, "depths": (1, 1, 4, 1)}
     model = build_model(ModelSpec("convnext_t", num_classes=3, img_size=32, sizes=sizes, pruning_loc=(1, 2, 3))).eval()
-    models = models_of(model, sweep.METHODS, trained=True, rate=0.7)
+    models = models_of(model, sweep_methods.METHODS, trained=True, rate=0.7)
     with pytest.raises(UserError, match="--gflops is for plain transformers"):
-        sweep.levels_of(model, (), [1.0])
+        sweep_methods.levels_of(model, (), [1.0])
     assert list(models) == ["dense", "learned"]
     assert capsys.readouterr().out.count("\n") == 1
     assert models["learned"].keep_rates == pytest.approx((0.7, 0.5, 0.3))

@@ -11,7 +11,6 @@ The same in Python:
     model, report = dynamicvit.accelerate(vit, "photos", speedup=1.5)
 """
 
-import argparse
 import copy
 import sys
 import time
@@ -25,19 +24,16 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.models import Teacher
 from dynamicvit.models.features import FeatureExtractor
 from dynamicvit.models.flops import count_gflops
-from dynamicvit.optim import AMP_DTYPES
-from dynamicvit.options import KEEP_RATE, NOT_NEGATIVE, POSITIVE, SEED, OneLineParser, number, path
 from dynamicvit.recipe import build_recipe
 from dynamicvit.runs.run import log_model
 from dynamicvit.signals import Stopped, StopSignal
 from dynamicvit.tools.accelerate_output import OutputFolder
 from dynamicvit.tools.accelerate_report import Report
-from dynamicvit.tools.accelerate_request import PURPOSES, Request, as_tuple
+from dynamicvit.tools.accelerate_request import Request, as_tuple, build_parser
 from dynamicvit.tools.comparison import DENSE, MERGED, TUNED, Answers, Comparison, Likeness, likeness_of, predict_all
 from dynamicvit.tools.dense import Own, as_size, find_dense
-from dynamicvit.tools.finetune import MINUTES, Budget, FineTuning, NoSignal, Outcome
+from dynamicvit.tools.finetune import Budget, FineTuning, NoSignal, Outcome
 from dynamicvit.tools.speedup import (
-    USUAL_SPEEDUP,
     Deployment,
     Wish,
     choose_spec,
@@ -262,67 +258,8 @@ class Acceleration:
         return self.fast.eval(), self.report
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="accelerate", description=(__doc__ or "").split("\n")[0])
-    add, share = parser.add_argument, number(float, KEEP_RATE)
-    add("model", help="timm's name or ours (deit_small, ...), user/name on the hub, or a folder of save_pretrained's")
-    add("--images", type=path, required=True, help="a folder of images; class folders are used only for the report")
-    add("--output", type=path, required=True, help="a new folder for the model and the report")
-    add(
-        "--speedup",
-        type=number(float, POSITIVE),
-        help=f"how many times as fast, measured here (default: {USUAL_SPEEDUP:g})",
-    )
-    add("--flops-speedup", type=number(float, POSITIVE), help="instead: how many times fewer multiply-adds")
-    add("--base-rate", type=share, help="instead: share of its tokens that each stage keeps")
-    add("--keep-rates", type=share, nargs="+", help="instead: shares of all tokens, by stage")
-    add(
-        "--pruning-loc",
-        type=number(int, NOT_NEGATIVE),
-        nargs="+",
-        help="blocks in or before which tokens merge",
-    )
-    add(
-        "--for",
-        dest="purpose",
-        choices=PURPOSES,
-        default="answers",
-        help="what has to stay as it was (default: answers)",
-    )
-    add(
-        "--for-batch",
-        type=number(int, POSITIVE),
-        help="batch size that it will be used with (default: 8, or 128 on a GPU)",
-    )
-    add(
-        "--amp",
-        choices=("auto", *AMP_DTYPES),
-        default="auto",
-        help="precision that it will be used in; auto: bf16 on a GPU",
-    )
-    add("--minutes", type=number(float, NOT_NEGATIVE), help=f"roughly, of fine-tuning (default: {MINUTES:g}; 0: none)")
-    add(
-        "--steps",
-        type=number(int, NOT_NEGATIVE),
-        help="instead: fine-tuning steps, exactly repeatable (10 or more are rounded up to tens)",
-    )
-    add("--weights", type=path, help="file or folder of the dense model's weights (default: the published ones)")
-    add(
-        "--input-size", type=number(int, POSITIVE), nargs="+", help="pixels, or height and width (default: the model's)"
-    )
-    add("--class-names", type=path, help="a file with the name of a class on each line")
-    for name in ("--mean", "--std"):
-        add(name, type=number(float, POSITIVE), nargs=3, help="of each channel, as the weights expect it, from 0 to 1")
-    add("--crop-pct", type=number(float, KEEP_RATE), help="share of an image's side that the model sees")
-    add("--batch-size", type=number(int, POSITIVE), help="of training (default: 16, or 128 on a GPU)")
-    add("--num-workers", type=number(int, NOT_NEGATIVE), help="loader processes (default: depends on the cores)")
-    add("--device", default="auto", help="auto, cuda or cpu")
-    add("--seed", type=number(int, SEED), default=0)
-    return parser
-
-
 def command(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = build_parser((__doc__ or "").split("\n")[0]).parse_args(argv)
     if utils.launched_by_torchrun():
         raise UserError("accelerate runs in one process; for several see docs/label_free.md")
     utils.set_seed(args.seed)
