@@ -80,18 +80,21 @@ class Wish:
     pruning_loc: tuple[int, ...] | None = None  # blocks before which tokens merge; None: chosen
 
     def __post_init__(self) -> None:
-        wishes = ("speedup", "flops_speedup", "base_rate", "keep_rates")
-        names = [name for name in wishes if getattr(self, name) is not None]
-        if len(names) > 1:
-            raise UserError(f"{' and '.join(names).replace('_', '-')} exclude each other: give one of them")
+        if len(self.given) > 1:
+            raise UserError(f"{' and '.join(self.given).replace('_', '-')} exclude each other: give one of them")
         for name in ("speedup", "flops_speedup"):
             value = getattr(self, name)
             if value is not None and not 1 < value < 100:
                 raise UserError(f"a {name.replace('_', '-')} must be above 1 (and below 100), got {value:g}")
 
+    @property
+    def given(self) -> list[str]:
+        """Names of the ways in which it says how much; at most one."""
+        ways = ("speedup", "flops_speedup", "base_rate", "keep_rates")
+        return [name for name in ways if getattr(self, name) is not None]
+
     def or_usual(self) -> "Wish":
-        given = (self.speedup, self.flops_speedup, self.base_rate, self.keep_rates)
-        return self if any(value is not None for value in given) else replace(self, speedup=USUAL_SPEEDUP)
+        return self if self.given else replace(self, speedup=USUAL_SPEEDUP)
 
 
 def layouts(dense: nn.Module, wish: Wish, features: bool) -> list[ModelSpec]:
