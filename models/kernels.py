@@ -61,16 +61,28 @@ def class_attention(
     return _class_attention(query.detach(), keys.detach(), float(scale), num_prefix, log_size)
 
 
-def distinct_scores(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
+def distinct_scores(
+    importance: Tensor, x: Tensor, num_prefix: int, compared: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Importance times the cosine distance to the most similar token of greater importance; no gradient.
 
-    (B, N) importance, (B, P+N, C) tokens -> (B, N), float32.
+    (B, N) importance, (B, P+N, C) tokens -> (B, N) scores, and for merge (B, N) one over each token's length, float32.
+    compared: how many of the least important tokens are compared with the others; those beyond get their importance
+    plus twice the largest one, which is above all scores, as no distance is above 2. None: all.
     """
-    return _distinct_scores(importance.detach(), x.detach(), num_prefix, coarse(x))
+    num_compared = importance.shape[1] if compared is None else compared
+    return _distinct_scores(importance.detach(), x.detach(), num_prefix, num_compared, coarse(x))
 
 
 def merge(
-    x: Tensor, scores: Tensor, size: Tensor, num_keep: int, num_prefix: int, weights: Tensor | None = None
+    x: Tensor,
+    scores: Tensor,
+    size: Tensor,
+    num_keep: int,
+    num_prefix: int,
+    weights: Tensor | None = None,
+    inverse_norm: Tensor | None = None,
+    keep_length: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keeps the num_keep best tokens; each other one joins the kept one that it is most similar to, by cosine.
 
@@ -78,10 +90,14 @@ def merge(
     means, best score first; (B, K) places of the kept ones; (B, K) their sizes, float32; (B, N) which of the K each
     token is part of. Of equal scores the lower place is better, of equal cosines the better score. Gradients reach x,
     size and weights, not the choice.
+    inverse_norm: what distinct_scores gave for these tokens; None: computed here. keep_length: each mean gets the mean
+    length, by weight, of the tokens in it; without gradients.
     """
     size = size.float()
     weights = size if weights is None else weights.float()
-    merged, kept, merged_size, place = _merge(x, scores.detach(), size, weights, num_keep, num_prefix, coarse(x))
+    merged, kept, merged_size, place = _merge(
+        x, scores.detach(), size, weights, inverse_norm, num_keep, num_prefix, keep_length, coarse(x)
+    )
     if not size.requires_grad:  # or attention would compute the gradient of its size bias for nothing
         merged_size = merged_size.detach()
     return merged, kept, merged_size, place
@@ -106,8 +122,8 @@ class Tile(NamedTuple):
 # 16-bit numbers: the best of those tried on an H100 in bfloat16 at batch 256, 196 -> 142 tokens, 384 channels.
 SCORE_TILE = Tile(rows=128, columns=64, channels=64)
 MERGE_TILE = Tile(rows=64, columns=32, channels=128, warps=8)
-# As for scores, but the rows are the tokens that leave: often fewer than 64.
-JOIN_TILE = Tile(rows=64, columns=64, channels=64)
+# As for scores, but the rows are the tokens that leave or may leave: often fewer than 64.
+FEW_ROWS_TILE = Tile(rows=64, columns=64, channels=64)
 # Exact float32 has no tensor cores: a thread holds whole rows and columns of a tile in registers, and larger tiles do
 # not fit there.
 FLOAT32_TILE = Tile(rows=64, columns=64, channels=16, stages=2)
@@ -158,41 +174,69 @@ def _(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tens
 
 
 @torch.library.custom_op("dynamicvit::distinct_scores", mutates_args=())
-def _distinct_scores(importance: Tensor, x: Tensor, num_prefix: int, coarse: bool) -> Tensor:
+def _distinct_scores(
+    importance: Tensor, x: Tensor, num_prefix: int, compared: int, coarse: bool
+) -> tuple[Tensor, Tensor]:
     x = with_whole_rows(x)
     importance = importance.float().contiguous()
     scores = torch.empty_like(importance)
+    num_tokens = importance.shape[1]
+    few = compared < num_tokens
     with torch.cuda.device_of(x):
         inverse_norm = inverse_norms(x, num_prefix)
-        tile = FLOAT32_TILE if x.dtype == torch.float32 else SCORE_TILE
-        _score_kernel[(x.shape[0] * triton.cdiv(scores.shape[1], tile.rows),)](
-            *(x, inverse_norm, importance, scores, x.stride(0), x.stride(1), scores.shape[1]),
+        best, rows, _ = rank(importance, num_tokens - compared) if few else 3 * (importance,)
+        tile = FLOAT32_TILE if x.dtype == torch.float32 else FEW_ROWS_TILE if few else SCORE_TILE
+        _score_kernel[(x.shape[0] * triton.cdiv(compared, tile.rows),)](
+            *(x, inverse_norm, importance, best, rows, scores, x.stride(0), x.stride(1), num_tokens, compared),
+            FEW=few,
             **products(x, num_prefix, tile, coarse),
         )
-    return scores
+    return scores, inverse_norm
 
 
 @_distinct_scores.register_fake
-def _(importance: Tensor, x: Tensor, num_prefix: int, coarse: bool) -> Tensor:
-    return importance.new_empty(importance.shape, dtype=torch.float32)
+def _(importance: Tensor, x: Tensor, num_prefix: int, compared: int, coarse: bool) -> tuple[Tensor, Tensor]:
+    return tuple(importance.new_empty(importance.shape, dtype=torch.float32) for _ in range(2))
 
 
 @torch.library.custom_op("dynamicvit::merge", mutates_args=())
 def _merge(
-    x: Tensor, scores: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int, coarse: bool
+    x: Tensor,
+    scores: Tensor,
+    size: Tensor,
+    weights: Tensor,
+    inverse_norm: Tensor | None,
+    num_keep: int,
+    num_prefix: int,
+    keep_length: bool,
+    coarse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = with_whole_rows(x)
     with torch.cuda.device_of(x):
+        if inverse_norm is None:
+            inverse_norm = inverse_norms(x, num_prefix)
         kept, others, place = rank(scores.contiguous(), num_keep)
         if others.shape[1] > 0:
-            join(x, kept, others, place, num_prefix, coarse)
-        merged, merged_size = average(x, place, size.contiguous(), weights.contiguous(), num_keep, num_prefix)
+            join(x, inverse_norm, kept, others, place, num_prefix, coarse)
+        merged, merged_size, length = average(
+            x, inverse_norm, kept, others, place, size.contiguous(), weights.contiguous(), num_prefix
+        )
+        if keep_length and others.shape[1] > 0:
+            set_lengths(merged, length, num_prefix)
     return merged, kept, merged_size, place
 
 
 @_merge.register_fake
 def _(
-    x: Tensor, scores: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int, coarse: bool
+    x: Tensor,
+    scores: Tensor,
+    size: Tensor,
+    weights: Tensor,
+    inverse_norm: Tensor | None,
+    num_keep: int,
+    num_prefix: int,
+    keep_length: bool,
+    coarse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_tokens = scores.shape
     return (
@@ -216,10 +260,11 @@ def rank(scores: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
     return kept, others, place
 
 
-def join(x: Tensor, kept: Tensor, others: Tensor, place: Tensor, num_prefix: int, coarse: bool = False) -> None:
+def join(
+    x: Tensor, inverse_norm: Tensor, kept: Tensor, others: Tensor, place: Tensor, num_prefix: int, coarse: bool = False
+) -> None:
     """Sets the place of each of the (B, N-K) others to the number of the kept one that is most like it."""
-    inverse_norm = inverse_norms(x, num_prefix)
-    tile = FLOAT32_TILE if x.dtype == torch.float32 else JOIN_TILE
+    tile = FLOAT32_TILE if x.dtype == torch.float32 else FEW_ROWS_TILE
     _join_kernel[(x.shape[0] * triton.cdiv(others.shape[1], tile.rows),)](
         *(x, inverse_norm, kept, others, place, x.stride(0), x.stride(1), place.shape[1], kept.shape[1]),
         **products(x, num_prefix, tile, coarse),
@@ -227,20 +272,43 @@ def join(x: Tensor, kept: Tensor, others: Tensor, place: Tensor, num_prefix: int
 
 
 def average(
-    x: Tensor, place: Tensor, size: Tensor, weights: Tensor, num_keep: int, num_prefix: int
-) -> tuple[Tensor, Tensor]:
-    """(B, P+K, C) prefix tokens and means of the tokens in each place, (B, K) sums of sizes."""
+    x: Tensor,
+    inverse_norm: Tensor,
+    kept: Tensor,
+    others: Tensor,
+    place: Tensor,
+    size: Tensor,
+    weights: Tensor,
+    num_prefix: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, P+K, C) prefix tokens and means of the tokens in each place, (B, K) sums of sizes, (B, K) mean lengths of
+    the tokens in each, -1 where there is only one."""
     batch, _, channels = x.shape
+    num_keep = kept.shape[1]
     merged = x.new_empty(batch, num_prefix + num_keep, channels)
-    merged_size = size.new_empty(batch, num_keep)
+    merged_size, length = size.new_empty(batch, num_keep), size.new_empty(batch, num_keep)
     tile = FLOAT32_MERGE_TILE if x.dtype == torch.float32 else MERGE_TILE
     if channels % tile.channels:  # 192: three tiles of 64, not two of 128
         tile = tile._replace(channels=min(tile.channels, 64))
     _merge_kernel[(batch * triton.cdiv(num_keep, tile.rows), triton.cdiv(channels, tile.channels))](
-        *(x, place, size, weights, merged, merged_size, x.stride(0), x.stride(1), place.shape[1], num_keep),
+        *(x, inverse_norm, kept, others, place, size, weights, merged, merged_size, length),
+        *(x.stride(0), x.stride(1), place.shape[1], num_keep),
         **products(x, num_prefix, tile),
     )
-    return merged, merged_size
+    return merged, merged_size, length
+
+
+def set_lengths(merged: Tensor, length: Tensor, num_prefix: int) -> None:
+    """Gives each token of more than one the (B, K) length, in place."""
+    batch, num_keep = length.shape
+    _length_kernel[(batch * triton.cdiv(num_keep, NORM_TILE.rows),)](
+        *(merged, length, num_keep),
+        C=merged.shape[2],
+        P=num_prefix,
+        SMALLEST=SMALLEST_NORM,
+        BLOCK_M=NORM_TILE.rows,
+        BLOCK_C=NORM_TILE.channels,
+    )
 
 
 def inverse_norms(x: Tensor, num_prefix: int) -> Tensor:
@@ -279,7 +347,9 @@ def with_whole_rows(x: Tensor) -> Tensor:
 
 
 def _save_for_merge_gradients(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    x, _, _, weights, _, ctx.num_prefix, _ = inputs
+    x, _, _, weights, _, _, ctx.num_prefix, keep_length, _ = inputs
+    if keep_length:
+        raise NotImplementedError("lengths have no gradient here: scale the mean in plain code")
     merged, _, _, place = output
     ctx.save_for_backward(weights, place, *((x, merged) if ctx.needs_input_grad[3] else ()))
 
@@ -303,7 +373,7 @@ def _merge_gradients(
         x, merged = tokens
         beyond = x.float() - merged.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, -1)).float()
         grad_weights = (grads.float() * beyond).sum(dim=-1)[:, num_prefix:] / total
-    return grads * shares[..., None], None, grad_merged_size.gather(1, place), grad_weights, None, None, None
+    return grads * shares[..., None], None, grad_merged_size.gather(1, place), grad_weights, *5 * (None,)
 
 
 _merge.register_autograd(_merge_gradients, setup_context=_save_for_merge_gradients)
@@ -441,10 +511,14 @@ def _score_kernel(
     x,
     inverse_norm,
     importance,
+    best,
+    rows,
     scores,
     x_image,
     x_token,
     N,
+    M,
+    FEW: constexpr,
     C: constexpr,
     P: constexpr,
     PRECISION: constexpr,
@@ -453,24 +527,35 @@ def _score_kernel(
     BLOCK_N: constexpr,
     BLOCK_C: constexpr,
 ):
-    tiles = tl.cdiv(N, BLOCK_M)
+    """Of all tokens, or FEW: of the M in rows; the best N-M, in the order of importance, come above all of these."""
+    tiles = tl.cdiv(M, BLOCK_M)
     b = (tl.program_id(0) // tiles).to(tl.int64)
-    m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < M
+    row = tl.load(rows + b * M + m, mask=inside, other=0) if FEW else m
     first = x + b * x_image + P * x_token
-    row_importance = tl.load(importance + b * N + m, mask=m < N, other=float("inf"))
-    row_scale = tl.load(inverse_norm + b * N + m, mask=m < N, other=0.0)
+    row_importance = tl.load(importance + b * N + row, mask=inside, other=float("inf"))
+    row_scale = tl.load(inverse_norm + b * N + row, mask=inside, other=0.0)
     nearest = tl.full((BLOCK_M,), -1.0, tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         column_importance = tl.load(importance + b * N + n, mask=n < N, other=-float("inf"))
         column_scale = tl.load(inverse_norm + b * N + n, mask=n < N, other=0.0)
         cosine = _inner_products(
-            first + m * x_token, m < N, first + n * x_token, n < N, C, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_C
+            first + row * x_token, inside, first + n * x_token, n < N, C, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_C
         )
         cosine = cosine * row_scale[:, None] * column_scale[None, :]
         more_important = column_importance[None, :] > row_importance[:, None]
         nearest = tl.maximum(nearest, tl.max(tl.where(more_important, cosine, -1.0), 1))
-    tl.store(scores + b * N + m, row_importance * (1 - nearest), mask=m < N)
+    tl.store(scores + b * N + row, row_importance * (1 - nearest), mask=inside)
+    if FEW:
+        top = 2 * tl.load(importance + b * N + tl.load(best + b * (N - M)))
+        for start in range(tile * BLOCK_M, N - M, tiles * BLOCK_M):
+            k = start + tl.arange(0, BLOCK_M)
+            token = tl.load(best + b * (N - M) + k, mask=k < N - M, other=0)
+            above = tl.load(importance + b * N + token, mask=k < N - M, other=0.0) + top
+            tl.store(scores + b * N + token, above, mask=k < N - M)
 
 
 @jit
@@ -549,11 +634,15 @@ def _join_kernel(
 @jit
 def _merge_kernel(
     x,
+    inverse_norm,
+    kept,
+    others,
     place,
     size,
     weights,
     merged,
     merged_size,
+    length,
     x_image,
     x_token,
     N,
@@ -566,41 +655,77 @@ def _merge_kernel(
     BLOCK_N: constexpr,
     BLOCK_C: constexpr,
 ):
-    """Means as a product of shares, built in registers, with the tokens; each token enters by its share, as sums of
-    size times token could leave float16's range."""
+    """Means: a kept token times its own share, and a product of shares, built in registers, with those that join.
+
+    Each token enters by its share, as sums of size times token could leave float16's range.
+    """
     tiles = tl.cdiv(K, BLOCK_M)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     k = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    sizes = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        here = tl.load(place + b * N + n, mask=n < N, other=-1)[None, :] == k[:, None]
-        total += tl.sum(tl.where(here, tl.load(weights + b * N + n, mask=n < N, other=0.0)[None, :], 0.0), 1)
-        sizes += tl.sum(tl.where(here, tl.load(size + b * N + n, mask=n < N, other=0.0)[None, :], 0.0), 1)
+    own = tl.load(kept + b * K + k, mask=k < K, other=0)
+    own_weight = tl.load(weights + b * N + own, mask=k < K, other=0.0)
+    total = own_weight
+    sizes = tl.load(size + b * N + own, mask=k < K, other=0.0)
+    lengths = own_weight / tl.load(inverse_norm + b * N + own, mask=k < K, other=1.0)
+    joined = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, N - K, BLOCK_N):
+        m = start + tl.arange(0, BLOCK_N)
+        n = tl.load(others + b * (N - K) + m, mask=m < N - K, other=0)
+        here = tl.load(place + b * N + n, mask=m < N - K, other=-1)[None, :] == k[:, None]
+        weight = tl.load(weights + b * N + n, mask=m < N - K, other=0.0)
+        weighted = weight / tl.load(inverse_norm + b * N + n, mask=m < N - K, other=1.0)
+        total += tl.sum(tl.where(here, weight[None, :], 0.0), 1)
+        sizes += tl.sum(tl.where(here, tl.load(size + b * N + n, mask=m < N - K, other=0.0)[None, :], 0.0), 1)
+        lengths += tl.sum(tl.where(here, weighted[None, :], 0.0), 1)
+        joined += tl.sum(here.to(tl.int32), 1)
+    total = tl.where(total == 0, 1.0, total)
     if tl.program_id(1) == 0:
         tl.store(merged_size + b * K + k, sizes, mask=k < K)
-    total = tl.where(total == 0, 1.0, total)
+        tl.store(length + b * K + k, tl.where(joined > 0, lengths / total, -1.0), mask=k < K)
 
     source = x + b * x_image
     target = merged + b * (P + K) * C
-    mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        here = tl.load(place + b * N + n, mask=n < N, other=-1)[None, :] == k[:, None]
-        weight = tl.load(weights + b * N + n, mask=n < N, other=0.0)
+    inside = (k < K)[:, None] & (c < C)[None, :]
+    mean = tl.load(source + (P + own)[:, None] * x_token + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean *= tl.div_rn(own_weight, total)[:, None]  # rounded as IEEE wants: 1 for a token that stays alone
+    for start in range(0, N - K, BLOCK_N):
+        m = start + tl.arange(0, BLOCK_N)
+        n = tl.load(others + b * (N - K) + m, mask=m < N - K, other=0)
+        here = tl.load(place + b * N + n, mask=m < N - K, other=-1)[None, :] == k[:, None]
+        weight = tl.load(weights + b * N + n, mask=m < N - K, other=0.0)
         at = source + (P + n)[:, None] * x_token + c[None, :]
-        tokens = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
-        # rounded as IEEE wants: a token that stays alone has a share of exactly 1
-        shares = tl.where(here, tl.div_rn(weight[None, :] + tl.zeros_like(total)[:, None], total[:, None]), 0.0)
-        shares = shares.to(tokens.dtype)
+        tokens = tl.load(at, mask=(m < N - K)[:, None] & (c < C)[None, :], other=0.0)
+        shares = tl.where(here, weight[None, :] / total[:, None], 0.0).to(tokens.dtype)
         if WIDEN:
             shares, tokens = shares.to(tl.float32), tokens.to(tl.float32)
         mean = tl.dot(shares, tokens, mean, input_precision=PRECISION)
-    at = target + (P + k)[:, None] * C + c[None, :]
-    tl.store(at, mean.to(merged.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :])
+    tl.store(target + (P + k)[:, None] * C + c[None, :], mean.to(merged.dtype.element_ty), mask=inside)
     if tile == 0:
         for p in range(0, P):
             tl.store(target + p * C + c, tl.load(source + p * x_token + c, mask=c < C, other=0.0), mask=c < C)
+
+
+@jit
+def _length_kernel(
+    merged, length, K, C: constexpr, P: constexpr, SMALLEST: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr
+):
+    """Most tokens stay alone, and are not even read."""
+    tiles = tl.cdiv(K, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    k = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    wanted = tl.load(length + b * K + k, mask=k < K, other=-1.0)
+    row = merged + (b * (P + K) + P + k)[:, None] * C
+    squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (wanted >= 0)[:, None] & (c < C)[None, :]
+        values = tl.load(row + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        squares += values * values
+    factor = wanted / tl.maximum(tl.sqrt_rn(tl.sum(squares, 1)), SMALLEST)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (wanted >= 0)[:, None] & (c < C)[None, :]
+        values = tl.load(row + c[None, :], mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(row + c[None, :], values.to(merged.dtype.element_ty), mask=inside)

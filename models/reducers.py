@@ -37,6 +37,7 @@ class Scores(NamedTuple):
     weights: Tensor | None = None  # (B, N) a token's weight in the mean that it becomes part of; None: its size
     similarity: Tensor | None = None  # (B, N, N) of each token with each; None: the cosine of the tokens
     rows: Tensor | None = None  # (B, M) the tokens that similarity has rows for, (B, M, N); all that may leave
+    inverse_norm: Tensor | None = None  # (B, N) one over each token's length, where kernels have computed it
 
 
 class Reduced(NamedTuple):
@@ -86,8 +87,8 @@ class Merge(Reducer):
     keeps_length = False
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
-        ranking, weights, similarity, rows = scores
-        return merge(x, ranking, size, num_keep, num_prefix, weights, similarity, rows, self.keeps_length)
+        ranking, weights, similarity, rows, inverse_norm = scores
+        return merge(x, ranking, size, num_keep, num_prefix, weights, similarity, rows, self.keeps_length, inverse_norm)
 
 
 class MergeKeepingLength(Merge):
@@ -124,20 +125,24 @@ def merge(
     similarity: Tensor | None = None,
     rows: Tensor | None = None,
     keep_length: bool = False,
+    inverse_norm: Tensor | None = None,
 ) -> Reduced:
     """Keeps the num_keep best tokens; each other one joins the kept one that it is most similar to.
 
     (B, P+N, C) tokens, (B, N) scores, (B, N) sizes: how many patches a token stands for. A kept token
     becomes the mean of itself and those that joined it, weighted by size, so that the sum of size
     times token stays what it was; sizes add up. Prefix tokens never merge.
-    weights: (B, N), for the mean instead of the sizes. similarity, rows: see Scores.
+    weights: (B, N), for the mean instead of the sizes. similarity, rows, inverse_norm: see Scores.
     keep_length: each mean gets the mean length of the tokens in it.
     """
     if weights is not None:
         weights = weights.clamp(min=1e-9)  # attention can be 0, and a mean of such tokens is still a mean
     if similarity is None and kernels.available(x):
-        merged, kept, merged_size, place = kernels.merge(x, scores, size, num_keep, num_prefix, weights)
-        if keep_length:
+        learns = torch.is_grad_enabled() and (x.requires_grad or size.requires_grad)
+        merged, kept, merged_size, place = kernels.merge(
+            x, scores, size, num_keep, num_prefix, weights, inverse_norm, keep_length and not learns
+        )
+        if keep_length and learns:
             shares = shares_of(size if weights is None else weights, place, num_keep)
             merged = with_mean_length(merged, x, place, shares, num_prefix)
         return Reduced(merged, kept, merged_size, place)

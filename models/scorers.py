@@ -285,10 +285,10 @@ def distinct(importance: Tensor, look: Look, weights: Tensor | None, compared: i
     x = look.x.detach()  # as nothing here learns
     num_tokens = importance.shape[1]
     count = num_tokens if compared is None else max(1, compared * (num_tokens - look.num_keep))
-    rows = importance.topk(count, dim=1, largest=False).indices if count < num_tokens else None
     if kernels.available(x):
-        scores = kernels.distinct_scores(importance, x, look.num_prefix)
-        return Scores(scores if rows is None else above_all(importance, rows, scores.gather(1, rows)), weights)
+        scores, inverse_norm = kernels.distinct_scores(importance, x, look.num_prefix, min(count, num_tokens))
+        return Scores(scores, weights, inverse_norm=inverse_norm)
+    rows = importance.topk(count, dim=1, largest=False).indices if count < num_tokens else None
     tokens = x[:, look.num_prefix :]
     similarity = cosine_similarity(tokens, tokens, rows)
     scores = distinct_scores(importance, tokens, similarity, rows)

@@ -5,6 +5,7 @@ this file once more, in a process of its own, and there the others run. Where th
 """
 
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -28,6 +29,41 @@ def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     result = launch([sys.executable, "-m", "pytest", __file__], {**ONE_THREAD, "TRITON_INTERPRET": "1"})
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles instead of interpreting")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_kernels_compile_for_gpus(dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter takes programs that the compiler refuses. Compiling needs no GPU: launches on a CPU's tensors are
+    # caught, and what each would launch is compiled.
+    triton = pytest.importorskip("triton")
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+    compiled = set()
+
+    def compile_only(kernel, *args, grid, warmup, **named) -> None:
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        values = dict(zip(kernel.arg_names, args, strict=False)) | named
+        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        signature = {
+            name: "constexpr" if name in constants else f"*{types[v.dtype]}" if isinstance(v, Tensor) else "i32"
+            for name, v in values.items()
+        }
+        source = triton.compiler.ASTSource(kernel, signature, constants)
+        assert triton.compile(source, target=target, options=options).asm["cubin"]
+        compiled.add(kernel.__name__)
+
+    launched = [value for value in vars(kernels).values() if isinstance(value, triton.JITFunction)]
+    for kernel in launched:
+        monkeypatch.setattr(kernel, "run", partial(compile_only, kernel))
+    x, size = torch.randn(2, 31, 32, dtype=dtype), torch.ones(2, 30)
+    query, keys = torch.randn(2, 2, 1, 16, dtype=dtype), torch.randn(2, 2, 31, 16, dtype=dtype)
+    kernels.class_attention(query, keys, 0.25, 1, torch.zeros(2, 31))
+    for compared in (30, 12):
+        scores, inverse_norm = kernels.distinct_scores(size, x, 1, compared)
+    kernels.merge(x, scores, size, 9, 1, None, inverse_norm, keep_length=True)
+    assert compiled == {kernel.__name__ for kernel in launched} - {"_inner_products"}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -124,9 +160,31 @@ def test_distinct_scores(num_prefix: int, num_tokens: int, channels: int, dtype:
     x[:, num_prefix] = 0  # which has no direction
     importance = random(2, num_tokens, seed=1).softmax(dim=1)
     importance[:, -num_tokens // 3 :] = importance[:, :1]  # ties: none of two equals is the more important
-    scores = kernels.distinct_scores(importance, x, num_prefix)
+    scores, inverse_norm = kernels.distinct_scores(importance, x, num_prefix)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, plain_scores(importance, x, num_prefix), atol=1e-6, rtol=1e-5)
+    lengths = x[:, num_prefix:].float().norm(dim=-1).clamp(min=1e-12)
+    torch.testing.assert_close(inverse_norm, 1 / lengths)
+
+
+@runs_kernels
+@DTYPES
+@pytest.mark.parametrize("compared", [1, 30, 70, 129, 130])
+def test_distinct_scores_of_the_least_important(compared: int, dtype: torch.dtype) -> None:
+    x = random(2, 2 + 130, 40, dtype=dtype)
+    importance = random(2, 130, seed=1).softmax(dim=1)
+    scores, _ = kernels.distinct_scores(importance, x, 2, compared)
+    expected = plain_scores(importance, x, 2)
+    stay = importance.argsort(dim=1, descending=True)[:, : 130 - compared]
+    above = importance + 2 * importance.amax(dim=1, keepdim=True)
+    torch.testing.assert_close(scores, expected.scatter(1, stay, above.gather(1, stay)), atol=1e-6, rtol=1e-5)
+
+
+@runs_kernels
+def test_distinct_scores_of_as_many_as_are_asked_for_among_equals() -> None:
+    # of equals the last ones are compared, and none is more important than another: a distance of 2
+    scores, _ = kernels.distinct_scores(torch.ones(1, 100, device=DEVICE), random(1, 101, 16), 1, 30)
+    assert scores[0].tolist() == 70 * [3.0] + 30 * [2.0]
 
 
 @runs_kernels
@@ -147,6 +205,29 @@ def test_merge(
 
 
 @runs_kernels
+@DTYPES
+@pytest.mark.parametrize("num_tokens, num_keep, channels", [(70, 50, 192), (129, 1, 100), (40, 40, 32)], ids=str)
+def test_merge_keeping_lengths(num_tokens: int, num_keep: int, channels: int, dtype: torch.dtype) -> None:
+    x = random(2, 2 + num_tokens, channels, dtype=dtype)
+    x[:, 2] = 0
+    weights, scores = random(2, num_tokens, seed=1).softmax(dim=1), random(2, num_tokens, seed=2)
+    inverse_norm = 1 / x[:, 2:].float().norm(dim=-1).clamp(min=1e-12)
+    expected, kept, _, place = plain_merge(x, scores, some_sizes(2, num_tokens), num_keep, 2, weights)
+    shares = F.one_hot(place, num_keep).transpose(1, 2) * weights[:, None]
+    lengths = (shares / shares.sum(dim=2, keepdim=True) / inverse_norm[:, None]).sum(dim=2)
+    for norms in (inverse_norm, None):
+        merged, *_ = kernels.merge(x, scores, some_sizes(2, num_tokens), num_keep, 2, weights, norms, True)
+        torch.testing.assert_close(
+            merged[:, 2:].float().norm(dim=-1), lengths, atol=0.1 * ERROR[dtype], rtol=ERROR[dtype]
+        )
+        directions, wanted = (F.normalize(rows.float(), dim=-1) for rows in (merged, expected))
+        torch.testing.assert_close(directions, wanted, atol=ERROR[dtype], rtol=ERROR[dtype])
+        alone = F.one_hot(place, num_keep).sum(dim=1) == 1
+        assert torch.equal(merged[:, 2:][alone], x[:, 2:].gather(1, kept[..., None].expand(-1, -1, channels))[alone])
+        assert torch.equal(merged[:, :2], x[:, :2])
+
+
+@runs_kernels
 def test_merge_in_float16_neither_overflows_nor_rounds_small_weights_away() -> None:
     x = random(2, 41, 64, dtype=torch.float16) * 1e4
     tiny = random(2, 40, seed=1).softmax(dim=1) * 1e-7
@@ -160,7 +241,7 @@ def test_merge_of_many_tokens() -> None:
     num_tokens = 37 * 37
     x = random(1, 5 + num_tokens, 16, dtype=torch.bfloat16)
     importance = random(1, num_tokens, seed=1).softmax(dim=1)
-    scores = kernels.distinct_scores(importance, x, 5)
+    scores, _ = kernels.distinct_scores(importance, x, 5)
     torch.testing.assert_close(scores, plain_scores(importance, x, 5), atol=1e-6, rtol=1e-5)
     assert_merges_alike(x, scores, some_sizes(1, num_tokens), 100, 5, importance)
 
@@ -213,7 +294,7 @@ def test_a_group_without_weight_is_no_division_by_zero() -> None:
 def test_tokens_in_any_strides() -> None:
     x = random(32, 1 + 40, 2).permute(2, 1, 0)
     importance, size = random(2, 40, seed=1).softmax(dim=1), some_sizes(40, 2).T
-    scores = kernels.distinct_scores(importance.T.contiguous().T, x, 1)
+    scores, _ = kernels.distinct_scores(importance.T.contiguous().T, x, 1)
     torch.testing.assert_close(scores, plain_scores(importance, x, 1), atol=1e-6, rtol=1e-5)
     assert_merges_alike(x, scores.T.contiguous().T, size, 11, 1, importance.T.contiguous().T)
 
@@ -224,7 +305,7 @@ def test_images_beyond_the_reach_of_32_bits() -> None:
     x = torch.empty(2**31 + 2**10, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 1 + 20, 16), (2**30, 16, 1))
     x.copy_(random(3, 21, 16))
     importance = random(3, 20, seed=1).softmax(dim=1)
-    scores = kernels.distinct_scores(importance, x, 1)
+    scores, _ = kernels.distinct_scores(importance, x, 1)
     torch.testing.assert_close(scores, plain_scores(importance, x, 1), atol=1e-6, rtol=1e-5)
     assert_merges_alike(x, scores, some_sizes(3, 20), 7, 1, importance)
     query, keys = x[:, None, :1], x[:, None]
@@ -269,7 +350,7 @@ def stage(query: Tensor, keys: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor,
         return x, size
     log_size = F.pad(size.log(), (1, 0))
     importance = kernels.class_attention(query, keys, 0.25, 1, log_size)
-    scores = kernels.distinct_scores(importance, x, 1)
+    scores, _ = kernels.distinct_scores(importance, x, 1)
     merged, _, merged_size, _ = kernels.merge(x * 2, scores, size, 9, 1, importance)
     return merged, merged_size
 
@@ -312,11 +393,14 @@ def test_a_stage_in_a_cuda_graph() -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("scorer", ["distinct", "attention", "outlying"])
-def test_a_model_decides_the_same_with_kernels_and_without(scorer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reducer", ["merge", "merge_length"])
+@pytest.mark.parametrize("scorer", ["distinct", "distinct_few", "attention", "outlying"])
+def test_a_model_decides_the_same_with_kernels_and_without(
+    scorer: str, reducer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     vit = timm.models.VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=5)
-    model = make_dynamic(vit, (1, 2, 3), (0.7, 0.5, 0.3), scorer=scorer, reducer="merge").eval().to(DEVICE)
+    model = make_dynamic(vit, (1, 2, 3), (0.7, 0.5, 0.3), scorer=scorer, reducer=reducer).eval().to(DEVICE)
     images = random(2, 3, 32, 32)
     merges = []
     fused = kernels.merge
@@ -332,13 +416,30 @@ def test_a_model_decides_the_same_with_kernels_and_without(scorer: str, monkeypa
 
 
 @runs_kernels
+def test_a_model_that_keeps_lengths_learns_the_same_with_kernels_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vit = timm.models.VisionTransformer(img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3, num_classes=5)
+    model = make_dynamic(vit, (1, 2), (0.7, 0.5), scorer="distinct_few", reducer="merge_length").to(DEVICE)
+    images = random(2, 3, 32, 32)
+    gradients = []
+    for available in (kernels.available, lambda x: False):
+        monkeypatch.setattr(kernels, "available", available)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+@runs_kernels
 def test_operators_are_what_torch_expects_of_them() -> None:
     query, keys, x, size = stage_inputs()
     weights = size.clone().requires_grad_()
     for operator, args in (
         (torch.ops.dynamicvit.class_attention, (query, keys, 0.25, 1, None)),
-        (torch.ops.dynamicvit.distinct_scores, (size, x, 1, False)),
-        (torch.ops.dynamicvit.merge, (x.clone().requires_grad_(), size, size, weights, 9, 1, False)),
+        (torch.ops.dynamicvit.distinct_scores, (size, x, 1, 30, False)),
+        (torch.ops.dynamicvit.distinct_scores, (size, x, 1, 12, False)),
+        (torch.ops.dynamicvit.merge, (x.clone().requires_grad_(), size, size, weights, None, 9, 1, False, False)),
+        (torch.ops.dynamicvit.merge, (x, size, size, size, size, 9, 1, True, False)),
     ):
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # the other one compiles
         torch.library.opcheck(operator, args, test_utils=checks)
