@@ -61,6 +61,14 @@ def class_attention(
     return _class_attention(query.detach(), keys.detach(), float(scale), num_prefix, log_size)
 
 
+def outlying(tokens: Tensor, size: Tensor) -> Tensor:
+    """How far each token is from the mean of all, by cosine, times its size; no gradient.
+
+    (B, N, C) patch tokens, (B, N) sizes -> (B, N), float32.
+    """
+    return _outlying(tokens.detach(), size.detach())
+
+
 def distinct_scores(
     importance: Tensor, x: Tensor, num_prefix: int, compared: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -171,6 +179,28 @@ def _class_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int,
 @_class_attention.register_fake
 def _(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None) -> Tensor:
     return query.new_empty(query.shape[0], keys.shape[2] - num_prefix, dtype=torch.float32)
+
+
+@torch.library.custom_op("dynamicvit::outlying", mutates_args=())
+def _outlying(tokens: Tensor, size: Tensor) -> Tensor:
+    tokens = with_whole_rows(tokens)
+    batch, num_tokens, channels = tokens.shape
+    size = size.float().contiguous()
+    mean = tokens.new_empty(batch, channels, dtype=torch.float32)
+    importance = torch.empty_like(size)
+    shape = {"C": channels, "BLOCK_M": NORM_TILE.rows, "BLOCK_C": NORM_TILE.channels}
+    strides = (tokens.stride(0), tokens.stride(1), num_tokens)
+    with torch.cuda.device_of(tokens):
+        _mean_token_kernel[(batch, triton.cdiv(channels, NORM_TILE.channels))](tokens, size, mean, *strides, **shape)
+        _outlying_kernel[(batch * triton.cdiv(num_tokens, NORM_TILE.rows),)](
+            tokens, size, mean, importance, *strides, SMALLEST=SMALLEST_NORM, **shape
+        )
+    return importance
+
+
+@_outlying.register_fake
+def _(tokens: Tensor, size: Tensor) -> Tensor:
+    return size.new_empty(size.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("dynamicvit::distinct_scores", mutates_args=())
@@ -452,6 +482,56 @@ def _mean_kernel(logits, normaliser, importance, N, H, BLOCK_N: constexpr):
         logit = tl.load(logits + (b * H + h) * N + n, mask=n < N, other=0.0)
         total += tl.exp(logit - tl.load(normaliser + b * H + h))
     tl.store(importance + b * N + n, total / H, mask=n < N)
+
+
+@jit
+def _mean_token_kernel(tokens, size, mean, image, token, N, C: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr):
+    """(B, C) means, weighted by size; a program takes one image's channels."""
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sums = tl.zeros((BLOCK_C,), tl.float32)
+    weight = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, N, BLOCK_M):
+        n = start + tl.arange(0, BLOCK_M)
+        at = tokens + b * image + n[:, None] * token + c[None, :]
+        values = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        sizes = tl.load(size + b * N + n, mask=n < N, other=0.0)
+        sums += tl.sum(values * sizes[:, None], 0)
+        weight += sizes
+    tl.store(mean + b * C + c, sums / tl.sum(weight, 0), mask=c < C)
+
+
+@jit
+def _outlying_kernel(
+    tokens,
+    size,
+    mean,
+    importance,
+    image,
+    token,
+    N,
+    C: constexpr,
+    SMALLEST: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_C: constexpr,
+):
+    tiles = tl.cdiv(N, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    n = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    product = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    mean_squares = 0.0
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        at = tokens + b * image + n[:, None] * token + c[None, :]
+        values = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        means = tl.load(mean + b * C + c, mask=c < C, other=0.0)
+        product += tl.sum(values * means[None, :], 1)
+        squares += tl.sum(values * values, 1)
+        mean_squares += tl.sum(means * means, 0)
+    norms = tl.maximum(tl.sqrt_rn(squares), SMALLEST) * tl.maximum(tl.sqrt_rn(mean_squares), SMALLEST)
+    sizes = tl.load(size + b * N + n, mask=n < N, other=0.0)
+    tl.store(importance + b * N + n, sizes * (1 - product / norms), mask=n < N)
 
 
 @jit

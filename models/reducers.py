@@ -230,18 +230,22 @@ def with_mean_length(merged: Tensor, x: Tensor, place: Tensor, shares: Tensor, n
     return merged * factor[..., None].to(merged.dtype)
 
 
-def unmerge(tokens: Tensor, place: Tensor) -> Tensor:
-    """(B, K, C) tokens after a stage, (B, N) places -> (B, N, C): each token's own group; 0 for dropped ones."""
-    back = take_rows(tokens, place.clamp(min=0))
-    return back * (place >= 0)[..., None]
+def unmerge(tokens: Tensor, place: Tensor, drops: bool = True) -> Tensor:
+    """(B, K, C) tokens after a stage, (B, N) places -> (B, N, C): each token's own group; 0 for dropped ones.
+
+    drops: whether there can be any; False saves two passes over the tokens.
+    """
+    if not drops:
+        return take_rows(tokens, place)
+    return take_rows(tokens, place.clamp(min=0)) * (place >= 0)[..., None]
 
 
-def lost(tokens: Tensor, merged: Tensor, place: Tensor) -> Tensor:
+def lost(tokens: Tensor, merged: Tensor, place: Tensor, drops: bool = True) -> Tensor:
     """What each of the (B, N, C) tokens was beyond what its group among the (B, K, C) merged ones became.
 
     Added to unmerge's result it gives the token back; for a dropped token it is the whole token.
     """
-    return tokens - unmerge(merged, place)
+    return tokens - unmerge(merged, place, drops)
 
 
 def cosine_similarity(tokens: Tensor, others: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -423,7 +423,7 @@ def offline_if_unreachable() -> Iterator[None]:
         if not before:
             get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
     except Exception:  # of whichever library the hub is asked with
-        constants.HF_HUB_OFFLINE = True
+        set_offline(True)
     try:
         yield
     except Exception as error:
@@ -433,7 +433,14 @@ def offline_if_unreachable() -> Iterator[None]:
             f"{constants.ENDPOINT} cannot be reached and the files are not in the cache; check the network"
         ) from error
     finally:
-        constants.HF_HUB_OFFLINE = before
+        set_offline(before)
+
+
+def set_offline(offline: bool) -> None:
+    from huggingface_hub import constants, utils
+
+    constants.HF_HUB_OFFLINE = offline
+    getattr(utils, "reset_sessions", lambda: None)()  # before 1.0 only a new session takes notice
 
 
 def sha256_of(path: Path) -> str:

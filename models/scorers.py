@@ -276,6 +276,8 @@ def outlying(tokens: Tensor, size: Tensor) -> Tensor:
 
     (B, N, C) tokens, (B, N) sizes -> (B, N), float32.
     """
+    if kernels.available(tokens):
+        return kernels.outlying(tokens, size)
     mean = torch.einsum("bn,bnc->bc", size / size.sum(dim=1, keepdim=True), tokens.float())[:, None]
     return size * (1 - cosine_similarity(tokens, mean)[..., 0])
 

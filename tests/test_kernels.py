@@ -60,6 +60,7 @@ def test_kernels_compile_for_gpus(dtype: torch.dtype, capability: int, monkeypat
     x, size = torch.randn(2, 31, 32, dtype=dtype), torch.ones(2, 30)
     query, keys = torch.randn(2, 2, 1, 16, dtype=dtype), torch.randn(2, 2, 31, 16, dtype=dtype)
     kernels.class_attention(query, keys, 0.25, 1, torch.zeros(2, 31))
+    kernels.outlying(x[:, 1:], size)
     for compared in (30, 12):
         scores, inverse_norm = kernels.distinct_scores(size, x, 1, compared)
     kernels.merge(x, scores, size, 9, 1, None, inverse_norm, keep_length=True)
@@ -148,6 +149,20 @@ def test_class_attention_of_large_logits() -> None:
     query, keys = random(1, 2, 1, 16) * 100, random(1, 2, 150, 16, seed=1) * 100
     importance = kernels.class_attention(query, keys, 1.0, 1)
     torch.testing.assert_close(importance, plain_attention(query, keys, 1.0, 1, None), atol=1e-6, rtol=1e-5)
+
+
+@runs_kernels
+@DTYPES
+@pytest.mark.parametrize("num_prefix, num_tokens, channels", [(1, 130, 192), (4, 1, 20), (0, 65, 100)])
+def test_outlying(num_prefix: int, num_tokens: int, channels: int, dtype: torch.dtype) -> None:
+    tokens = 0.3 + random(2, num_prefix + num_tokens, channels, dtype=dtype)[:, num_prefix:]
+    tokens[:, 0] = 0  # which has no direction
+    size = some_sizes(2, num_tokens)
+    mean = (tokens.float() * size[..., None]).sum(dim=1, keepdim=True)
+    expected = size * (1 - F.cosine_similarity(tokens.float(), mean, dim=-1))
+    importance = kernels.outlying(tokens, size)
+    assert importance.dtype == torch.float32
+    torch.testing.assert_close(importance, expected, atol=1e-5, rtol=1e-5)
 
 
 @runs_kernels
@@ -436,6 +451,7 @@ def test_operators_are_what_torch_expects_of_them() -> None:
     weights = size.clone().requires_grad_()
     for operator, args in (
         (torch.ops.dynamicvit.class_attention, (query, keys, 0.25, 1, None)),
+        (torch.ops.dynamicvit.outlying, (x[:, 1:], size)),
         (torch.ops.dynamicvit.distinct_scores, (size, x, 1, 30, False)),
         (torch.ops.dynamicvit.distinct_scores, (size, x, 1, 12, False)),
         (torch.ops.dynamicvit.merge, (x.clone().requires_grad_(), size, size, weights, None, 9, 1, False, False)),

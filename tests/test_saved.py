@@ -37,7 +37,7 @@ from dynamicvit.models import (
 from dynamicvit.models.card import model_card
 from dynamicvit.tools.dense import Own, find_dense
 from dynamicvit.tools.splits import is_image
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -395,12 +395,18 @@ def test_a_card_tells_what_it_is_and_how_to_use_it(tmp_path: Path) -> None:
 @pytest.fixture
 def local_hub(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that the local hub serves, which this process takes for the hub."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub + "/{repo_id}/resolve/{revision}/{filename}")
+    take_for_the_hub(hub, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    forget_session()
     return tmp_path / "hub"
+
+
+def take_for_the_hub(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    for module in (constants, file_download):  # the latter has a copy of its own before 1.0
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    forget_session()
 
 
 def forget_session() -> None:
@@ -451,8 +457,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path, monkeypatch:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
     asked = []
     monkeypatch.setattr(time, "sleep", asked.append)  # what huggingface_hub does between its tries
-    monkeypatch.setattr(constants, "ENDPOINT", address)  # nobody listens there now
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{revision}/{filename}")
+    take_for_the_hub(address, monkeypatch)  # nobody listens there now
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert "cannot be reached" in refusal("user/fast")
     assert not asked and not constants.HF_HUB_OFFLINE
