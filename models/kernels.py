@@ -486,19 +486,17 @@ def _mean_kernel(logits, normaliser, importance, N, H, BLOCK_N: constexpr):
 
 @jit
 def _mean_token_kernel(tokens, size, mean, image, token, N, C: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr):
-    """(B, C) means, weighted by size; a program takes one image's channels."""
+    """(B, C) sums of tokens, weighted by size, which point where their means do."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((BLOCK_C,), tl.float32)
-    weight = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, N, BLOCK_M):
         n = start + tl.arange(0, BLOCK_M)
         at = tokens + b * image + n[:, None] * token + c[None, :]
         values = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
         sizes = tl.load(size + b * N + n, mask=n < N, other=0.0)
         sums += tl.sum(values * sizes[:, None], 0)
-        weight += sizes
-    tl.store(mean + b * C + c, sums / tl.sum(weight, 0), mask=c < C)
+    tl.store(mean + b * C + c, sums, mask=c < C)
 
 
 @jit

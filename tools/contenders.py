@@ -214,7 +214,8 @@ def peak_allocated(step: Callable[[], None], on_gpu: bool) -> int:
         held = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - held
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    # acc_events: or torch 2.11 warns of cycles that there are none of
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         step()
     events = trace.profiler.kineto_results.events()
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]
