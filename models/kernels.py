@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 try:
     import triton
@@ -49,16 +50,14 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag if COMPILING_LOOKS_LIKE_EXPORTING else torch.compiler.is_exporting()
 
 
-def class_attention(
-    query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None = None
-) -> Tensor:
+def class_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int, size: Tensor | None = None) -> Tensor:
     """The class token's attention to each patch token, mean over the heads; no gradient.
 
-    (B, H, 1, D) query, (B, H, L, D) keys (or fewer heads, under grouped-query attention) in any strides, (B, L)
-    logarithms of sizes -> (B, N), float32.
+    (B, H, 1, D) query, (B, H, L, D) keys (or fewer heads, under grouped-query attention) in any strides, (B, N) sizes
+    of the patch tokens (None: 1 each) -> (B, N), float32.
     """
-    log_size = None if log_size is None else log_size.detach()
-    return _class_attention(query.detach(), keys.detach(), float(scale), num_prefix, log_size)
+    size = None if size is None else size.detach()
+    return _class_attention(query.detach(), keys.detach(), float(scale), num_prefix, size)
 
 
 def outlying(tokens: Tensor, size: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ TOKENS_AT_A_TIME = 256  # for the mean over heads
 
 # Operators of torch's own kind, so that torch.compile takes them as they are, and with static shapes CUDA graphs, too.
 @torch.library.custom_op("dynamicvit::class_attention", mutates_args=())
-def _class_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None) -> Tensor:
+def _class_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int, size: Tensor | None) -> Tensor:
     batch, heads, _, dim = query.shape
     length = keys.shape[2]
     importance = query.new_empty(batch, length - num_prefix, dtype=torch.float32)
@@ -155,7 +154,7 @@ def _class_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int,
         _logits_kernel[(batch * heads,)](
             query,
             keys,
-            normaliser if log_size is None else log_size.float().contiguous(),
+            normaliser if size is None else size.float().contiguous(),
             logits,
             normaliser,
             *(query.stride(0), query.stride(1), query.stride(3)),
@@ -165,7 +164,7 @@ def _class_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int,
             heads // keys.shape[1],
             SCALE=scale,
             P=num_prefix,
-            HAS_SIZES=log_size is not None,
+            HAS_SIZES=size is not None,
             D=dim,
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_L=KEYS_AT_A_TIME,
@@ -177,7 +176,7 @@ def _class_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int,
 
 
 @_class_attention.register_fake
-def _(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None) -> Tensor:
+def _(query: Tensor, keys: Tensor, scale: float, num_prefix: int, size: Tensor | None) -> Tensor:
     return query.new_empty(query.shape[0], keys.shape[2] - num_prefix, dtype=torch.float32)
 
 
@@ -408,6 +407,27 @@ def _merge_gradients(
 
 _merge.register_autograd(_merge_gradients, setup_context=_save_for_merge_gradients)
 
+
+# What torch's counter takes for the matrix products in these operators; it gives them shapes in place of tensors.
+@register_flop_formula(torch.ops.dynamicvit.class_attention)
+def _(query: Sequence[int], keys: Sequence[int], *_: Any, **__: Any) -> int:
+    batch, heads, _, dim = query
+    return 2 * batch * heads * keys[2] * dim
+
+
+@register_flop_formula(torch.ops.dynamicvit.distinct_scores)
+def _(importance: Sequence[int], x: Sequence[int], num_prefix: int, compared: int, *_: Any, **__: Any) -> int:
+    batch, num_tokens = importance
+    return 2 * batch * compared * num_tokens * x[2]
+
+
+@register_flop_formula(torch.ops.dynamicvit.merge)
+def _(x: Sequence[int], scores: Sequence[int], *others: Any, **__: Any) -> int:
+    batch, num_tokens = scores
+    num_keep = others[3]
+    return 2 * batch * (num_tokens - num_keep) * num_keep * x[2]
+
+
 if triton is None:
 
     def jit(kernel: Any) -> Any:
@@ -426,7 +446,7 @@ else:
 def _logits_kernel(
     query,
     keys,
-    log_size,
+    size,
     logits,
     normaliser,
     query_image,
@@ -462,7 +482,7 @@ def _logits_kernel(
         k = tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         logit = tl.sum(k * q[None, :], 1)
         if HAS_SIZES:
-            logit += tl.load(log_size + b * L + n, mask=inside, other=0.0)
+            logit += tl.log(tl.load(size + b * (L - P) + n - P, mask=inside & (n >= P), other=1.0))
         tl.store(logits + program * (L - P) + n - P, logit, mask=inside & (n >= P))
         logit = tl.where(inside, logit, -float("inf"))
         new_top = tl.maximum(top, tl.max(logit, 0))

@@ -56,16 +56,18 @@ def size_bias(log_size: Tensor, num_prefix: int) -> Tensor:
 
     Proportional attention (ToMe, arXiv 2210.09461, section 3). Prefix tokens have size 1.
     """
-    return F.pad(log_size, (num_prefix, 0))[:, None, None]
+    return aligned(log_size, num_prefix)[:, None, None]
 
 
-def aligned(bias: Tensor) -> Tensor:
-    """The same values in rows whose stride is a multiple of 8, once a stage.
+def aligned(bias: Tensor, left: int = 0) -> Tensor:
+    """The same values after `left` zeros, in rows whose stride is a multiple of 8 on a GPU, once a stage.
 
     CUDA's fused attention needs such a bias, and would otherwise pad a copy of it in every block.
     """
-    width = bias.shape[-1]
-    return bias if bias.device.type == "cpu" else F.pad(bias, (0, -width % 8))[..., :width]
+    width = left + bias.shape[-1]
+    if bias.device.type == "cpu":
+        return F.pad(bias, (left, 0)) if left else bias
+    return F.pad(bias, (left, -width % 8))[..., :width]
 
 
 def bias_dtype(x: Tensor) -> torch.dtype:
@@ -330,8 +332,8 @@ class TokenPruning(Dynamic):
             patches = reduced.kept if stage == 0 else tokens.patches.gather(1, reduced.kept)
             tokens.x, tokens.size, tokens.patches = reduced.x, reduced.size, patches
             if reduced.size is not None:
-                bias = size_bias(self.reducer.log_size(reduced.size), self.num_prefix_tokens)
-                tokens.bias = aligned(bias.to(matmul_dtype(reduced.x)))
+                log_size = self.reducer.log_size(reduced.size).to(matmul_dtype(reduced.x))
+                tokens.bias = size_bias(log_size, self.num_prefix_tokens)
             run.stages.append(Stage(scores.scores, reduced, patches))
 
         return at_stage

@@ -46,6 +46,11 @@ class Look:
         """(B, N) patches that each token stands for."""
         return sizes_or_ones(self.size, self.tokens)
 
+    @property
+    def log_sizes(self) -> Tensor | None:
+        """(B, P+N) logarithms of the sizes, no gradient; None where there are none. A prefix token has size 1."""
+        return None if self.size is None else nn.functional.pad(self.size.detach().log(), (self.num_prefix, 0))
+
     def mean_over_attentions(self, read: Callable[[Attention], Tensor]) -> Tensor:
         values = [read(attention) for attention in self.attention]
         return values[0] if len(values) == 1 else torch.stack(values).mean(dim=0)
@@ -217,18 +222,17 @@ SCORERS: dict[str, Scorer] = {
 
 def attention_importance(look: Look) -> Tensor:
     """(B, N) attention that the patch tokens get; no gradient."""
-    log_size = None
-    if look.size is not None:
-        log_size = nn.functional.pad(look.size.detach().log(), (look.num_prefix, 0))
 
     def from_class_token(a: Attention) -> Tensor:
         # The class token is a prefix token, which RoPE leaves alone.
         query, keys = a.queries[:, :, :1].detach(), a.rotate(a.keys.detach())
-        return class_attention(query, keys, a.scale, look.num_prefix, log_size)
+        if kernels.available(keys):
+            return kernels.class_attention(query, keys, a.scale, look.num_prefix, look.size)
+        return class_attention(query, keys, a.scale, look.num_prefix, look.log_sizes)
 
     def from_all(a: Attention) -> Tensor:
         queries, keys = a.rotate(a.queries.detach()), a.rotate(a.keys.detach())
-        return received_attention(queries, keys, a.scale, look.num_prefix, log_size)
+        return received_attention(queries, keys, a.scale, look.num_prefix, look.log_sizes)
 
     return look.mean_over_attentions(from_class_token if look.has_class_token else from_all)
 
@@ -241,8 +245,6 @@ def class_attention(
     (B, H, 1, D) query of the class token, (B, H, P+N, D) keys and, for tokens that have merged,
     (B, P+N) logarithms of their sizes -> (B, N) scores, float32.
     """
-    if kernels.available(keys):
-        return kernels.class_attention(query, keys, scale, num_prefix, log_size)
     return attention_weights(query, keys, scale, log_size).mean(dim=1)[:, 0, num_prefix:]
 
 

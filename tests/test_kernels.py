@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ONE_THREAD, ROOT, launch, needs_gpu
 from dynamicvit.models import kernels, make_dynamic
+from dynamicvit.models.flops import gflops_of
 from dynamicvit.models.kernels import INTERPRETED
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def test_kernels_compile_for_gpus(dtype: torch.dtype, capability: int, monkeypat
         monkeypatch.setattr(kernel, "run", partial(compile_only, kernel))
     x, size = torch.randn(2, 31, 32, dtype=dtype), torch.ones(2, 30)
     query, keys = torch.randn(2, 2, 1, 16, dtype=dtype), torch.randn(2, 2, 31, 16, dtype=dtype)
-    kernels.class_attention(query, keys, 0.25, 1, torch.zeros(2, 31))
+    kernels.class_attention(query, keys, 0.25, 1, size)
     kernels.outlying(x[:, 1:], size)
     for compared in (30, 12):
         scores, inverse_norm = kernels.distinct_scores(size, x, 1, compared)
@@ -75,11 +76,11 @@ def some_sizes(batch: int, num_tokens: int) -> Tensor:
     return 1 + random(batch, num_tokens, seed=3).abs().mul(2).floor()
 
 
-def plain_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int, log_size: Tensor | None) -> Tensor:
+def plain_attention(query: Tensor, keys: Tensor, scale: float, num_prefix: int, size: Tensor | None) -> Tensor:
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     logits = query.float() * scale @ keys.float().transpose(2, 3)
-    if log_size is not None:
-        logits = logits + log_size[:, None, None]
+    if size is not None:
+        logits = logits + F.pad(size.log(), (num_prefix, 0))[:, None, None]
     return logits.softmax(dim=-1).mean(dim=1)[:, 0, num_prefix:]
 
 
@@ -130,9 +131,9 @@ def test_class_attention(num_prefix: int, num_tokens: int, dim: int, dtype: torc
     length = num_prefix + num_tokens
     # as timm has them: queries, keys and values of a token side by side, so neither is in one piece
     query, keys, _ = random(2, length, 3, 3, dim, dtype=dtype).permute(2, 0, 3, 1, 4)
-    for log_size in (None, F.pad(some_sizes(2, num_tokens).log(), (num_prefix, 0))):
-        importance = kernels.class_attention(query[:, :, :1], keys, dim**-0.5, num_prefix, log_size)
-        expected = plain_attention(query[:, :, :1], keys, dim**-0.5, num_prefix, log_size)
+    for size in (None, some_sizes(2, num_tokens)):
+        importance = kernels.class_attention(query[:, :, :1], keys, dim**-0.5, num_prefix, size)
+        expected = plain_attention(query[:, :, :1], keys, dim**-0.5, num_prefix, size)
         assert importance.dtype == torch.float32
         torch.testing.assert_close(importance, expected, atol=1e-6, rtol=1e-5)
 
@@ -363,8 +364,7 @@ def test_gradients_reach_the_tokens_alone_where_nothing_else_wants_them() -> Non
 def stage(query: Tensor, keys: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     if not kernels.available(x):
         return x, size
-    log_size = F.pad(size.log(), (1, 0))
-    importance = kernels.class_attention(query, keys, 0.25, 1, log_size)
+    importance = kernels.class_attention(query, keys, 0.25, 1, size)
     scores, _ = kernels.distinct_scores(importance, x, 1)
     merged, _, merged_size, _ = kernels.merge(x * 2, scores, size, 9, 1, importance)
     return merged, merged_size
@@ -428,6 +428,14 @@ def test_a_model_decides_the_same_with_kernels_and_without(
     assert len(merges) == 3
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, plain_kept, strict=True))
     torch.testing.assert_close(logits, plain_logits, atol=1e-4, rtol=1e-4)
+
+
+@runs_kernels
+def test_products_in_kernels_are_counted() -> None:
+    query, keys, x, size = (value[:1] for value in stage_inputs())
+    assert gflops_of(lambda: kernels.class_attention(query, keys, 0.25, 1)) == 2 * 31 * 16 / 1e9
+    assert gflops_of(lambda: kernels.distinct_scores(size, x, 1, 12)) == 12 * 30 * 32 / 1e9
+    assert gflops_of(lambda: kernels.merge(x, size, size, 9, 1)) == 21 * 9 * 32 / 1e9
 
 
 @runs_kernels

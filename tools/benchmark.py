@@ -25,6 +25,7 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import ImageFiles
 from dynamicvit.models import ModelError, ModelSpec, build_model
 from dynamicvit.models.pruning import PLACES
+from dynamicvit.models.stages import MAX_STAGES
 from dynamicvit.optim import AMP_DTYPES
 from dynamicvit.options import KEEP_RATE, POSITIVE, OneLineParser, number
 from dynamicvit.recipe import build_augmentation
@@ -71,6 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--place",
         choices=PLACES,
         help="where merged's stages are, by their blocks (default: inside if the backbone allows it)",
+    )
+    add(
+        "--stages",
+        type=number(int, POSITIVE),
+        default=MAX_STAGES,
+        help="of merged, at most; a few large ones take less time than many small ones",
     )
     add("--input-size", type=number(int, POSITIVE), default=224, help="pixels")
     add("--batch-size", type=number(int, POSITIVE), nargs="+", help="one or several (default: 1 32; with --train 32)")
