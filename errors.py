@@ -18,7 +18,7 @@ from dynamicvit.signals import (
     raise_on_interrupt,
     say_and_die,
 )
-from dynamicvit.utils import LaunchError, log, printable, say_once
+from dynamicvit.utils import LaunchError, log, printable, say_once, write_line
 
 
 class UserError(Exception):
@@ -128,4 +128,4 @@ def print_error(error: Exception) -> None:
     message = printable(message)
     with say_once(message) as chosen:
         if chosen or isinstance(error, LocalError):
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            write_line(f"error: {message}")

@@ -89,7 +89,7 @@ def connect(rank: int, world_size: int) -> dist.Store:
             reason = str(error).splitlines()[0]
             if opens:
                 break  # the port is taken, or the address is not this machine's
-            print(f"rank {rank} waits: no rank 0 at {host}:{port} after {waited} s", file=sys.stderr, flush=True)
+            write_line(f"rank {rank} waits: no rank 0 at {host}:{port} after {waited} s")
     raise LaunchError(f"cannot reach the other processes at {host}:{port} ({reason})")
 
 
@@ -120,7 +120,7 @@ def forget_earlier_starts(store: dist.Store, rank: int, world_size: int) -> dist
             ranks = f"rank {', '.join(map(str, missing))} of the {world_size} processes"
             if warn_after >= START_SECONDS:
                 raise LaunchError(f"{ranks} has not started within {START_SECONDS} s")
-            print(f"waiting: {ranks} has not started after {elapsed:.0f} s", file=sys.stderr, flush=True)
+            write_line(f"waiting: {ranks} has not started after {elapsed:.0f} s")
             warn_after += WARN_SECONDS
         time.sleep(0.05)
     return dist.PrefixStore(prefix, store)
@@ -151,9 +151,15 @@ def printable(text: object) -> str:
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def write_line(text: str) -> None:
+    """Writes a line to stderr, whole: torchrun starts Python unbuffered, where print writes the end of a line by
+    itself, and other processes' lines would come in between."""
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)
+
+
 def warn(message: object) -> None:
     """Prints a warning, in every process that calls it."""
-    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+    write_line(f"warning: {printable(message)}")
 
 
 @cache

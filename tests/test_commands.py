@@ -257,3 +257,14 @@ def test_an_error_of_all_processes_is_said_once(tmp_path: Path) -> None:
     assert result.returncode != 0
     lines = sorted(line for line in result.stderr.splitlines() if line.startswith("error: "))
     assert lines == ["error: of 0", "error: of 1", "error: of all"]
+
+
+def test_a_line_is_written_whole() -> None:
+    """As processes share a terminal. Unbuffered, as torchrun starts them."""
+    reading, writing = os.pipe2(os.O_DIRECT)  # every read gives what one write has written
+    code = "from dynamicvit.utils import write_line; write_line('all of it')"
+    subprocess.run(
+        [sys.executable, "-u", "-c", code], stderr=writing, check=True, env={**ONE_THREAD, "PYTHONPATH": str(ROOT)}
+    )
+    assert os.read(reading, 100) == b"all of it\n"
+    os.close(reading), os.close(writing)
