@@ -550,6 +550,14 @@ def test_time_is_measured_at_the_batch_and_in_the_precision_of_use(monkeypatch: 
     assert set(seen) == {((3, 3, 64, 64), torch.bfloat16)}
 
 
+def test_a_batch_too_large_for_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(images: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with pytest.raises(UserError, match="out of GPU memory with 3 images at a time; give a lower --for-batch"):
+        speedup.time_models(speedup.Deployment.on(torch.device("cpu"), 3), 64, {"dense": fill})
+
+
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_whole_search_by_the_clock(amp: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speedup, "time_models", lambda use, size, found: {n: 1 / (1 + (n != "dense")) for n in found})

@@ -88,7 +88,7 @@ def accelerate(
     images: like those that the model is for: a folder, files, or a DataLoader that gives (B, 3, H, W) tensors as the
     model takes them, alone or before labels. A fifth of them is never trained on, and is what the report is about.
     speedup: how many times as fast (default 1.5), timed on this machine, with batches of for_batch images (default: 8
-    on a CPU, 128 on a GPU) in the precision amp (auto: bfloat16 on a GPU, float32 on a CPU). Instead: flops_speedup,
+    on a CPU, 256 on a GPU) in the precision amp (auto: bfloat16 on a GPU, float32 on a CPU). Instead: flops_speedup,
     times fewer multiply-adds; or base_rate, the share of its tokens that each stage keeps; or keep_rates, shares of all
     tokens by stage. pruning_loc: the blocks before which tokens merge, to choose them by hand.
     purpose: answers, or features: every patch's feature stays near the dense model's, in forward_features and timm's

@@ -98,7 +98,7 @@ def build_parser(description: str) -> OneLineParser:
     add(
         "--for-batch",
         type=number(int, POSITIVE),
-        help="batch size that it will be used with (default: 8, or 128 on a GPU)",
+        help="batch size that it will be used with (default: 8, or 256 on a GPU)",
     )
     add(
         "--amp",

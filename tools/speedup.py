@@ -40,6 +40,8 @@ TOLERANCE = 0.02  # of a speed-up: what timing cannot resolve
 CLOSE_ENOUGH = 0.05  # above the wish; a slower model would be more like the dense one
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 6.0, 5, 30  # of a timing
 BUSY = 1.3  # median over least time, above which something else is going on
+# A large GPU needs as many to be busy with computing, and not with starting kernels.
+USUAL_BATCH = {"cpu": 8, "cuda": 256}
 USUAL_SPEEDUP = 1.5  # by default; and to place stages whose rates are given by hand
 GPU_TURN_SECONDS = 0.05  # in which a GPU's queue fills
 RATES = np.linspace(LOWEST_RATE, 1, 5)  # shares of its tokens that a stage keeps, whose cost is counted
@@ -59,10 +61,10 @@ class Deployment:
 
     @classmethod
     def on(cls, device: torch.device, batch_size: int | None = None, amp: str = "auto") -> "Deployment":
-        """batch_size: by default 8 on a CPU, 128 on a GPU. amp: auto is bfloat16 on a GPU and float32 on a CPU."""
+        """batch_size: by default 8 on a CPU, 256 on a GPU. amp: auto is bfloat16 on a GPU and float32 on a CPU."""
         on_gpu = device.type == "cuda"
         amp_dtype = None if amp == "auto" and not on_gpu else pick_amp(amp, device)
-        return cls(device, batch_size or (128 if on_gpu else 8), amp_dtype)
+        return cls(device, batch_size or USUAL_BATCH[device.type], amp_dtype)
 
     def __str__(self) -> str:
         precision = precision_name(self.amp_dtype)
@@ -253,7 +255,8 @@ def time_ratios(deployment: Deployment, size: int | tuple[int, int], models: dic
 def time_models(deployment: Deployment, size: int | tuple[int, int], models: dict[str, nn.Module]) -> dict[str, float]:
     """Seconds for a batch by model. models: in the deployment's precision, on its device.
 
-    The least of several rounds, as whatever else the machine does can only add to it.
+    The least of several rounds, as whatever else the machine does can only add to it. UserError for a batch that does
+    not fit the GPU's memory.
     """
     shape = (deployment.batch_size, 3, *two_sides(size))
     images = torch.randn(shape, device=deployment.device, dtype=deployment.amp_dtype)
@@ -263,7 +266,10 @@ def time_models(deployment: Deployment, size: int | tuple[int, int], models: dic
         return model(images)
 
     steps = {name: partial(step, model) for name, model in models.items()}
-    once = {name: time_turn(partial(run, images, labels), 1, images.is_cuda) for name, run in steps.items()}
+    try:
+        once = {name: time_turn(partial(run, images, labels), 1, images.is_cuda) for name, run in steps.items()}
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory with {len(images)} images at a time; give a lower --for-batch") from error
     turn = max(1, round(GPU_TURN_SECONDS / max(once.values()))) if images.is_cuda else 1
     a_round = turn * sum(once.values())
     rounds = min(max(round(SECONDS / a_round), MIN_ROUNDS), MAX_ROUNDS)
