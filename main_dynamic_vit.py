@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from dynamicvit.datasets import (
     AugmentedDataset,
     BatchTransform,
@@ -130,9 +129,7 @@ def build_validation(start: Start, spec: ModelSpec, device: torch.device) -> Dat
 
 def command(argv: Sequence[str] | None = None) -> None:
     main(parse_args(argv))
-    if dist.is_initialized():  # not after an error, which other processes do not know of: it would wait for them
-        dist.barrier()  # gloo of torch 2.7 hangs, now and then, if its last exchange is still being tidied up
-        dist.destroy_process_group()
+    utils.end_distributed()  # not after an error
 
 
 if __name__ == "__main__":

@@ -74,6 +74,17 @@ def whole_number(name: str, lowest: int, highest: int) -> int:
     return int(text)
 
 
+def end_distributed() -> None:
+    """Leaves the other processes, once all are done. Not for one that has failed: it would wait for the others."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    # With torch 2.7 the next line hangs, now and then, seemingly where gloo's threads are still tidying up after the last
+    # exchange.
+    time.sleep(0.1)
+    dist.destroy_process_group()
+
+
 def connect(rank: int, world_size: int) -> dist.Store:
     """The launcher's store, or one that rank 0 opens where processes were started by hand."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -152,8 +163,8 @@ def printable(text: object) -> str:
 
 
 def write_line(text: str) -> None:
-    """Writes a line to stderr, whole: torchrun starts Python unbuffered, where print writes the end of a line by
-    itself, and other processes' lines would come in between."""
+    """Writes a line to stderr, whole: torchrun starts Python unbuffered, where print writes the newline separately, and
+    other processes' lines can come in between."""
     print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 

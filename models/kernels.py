@@ -73,11 +73,13 @@ def distinct_scores(
 ) -> tuple[Tensor, Tensor]:
     """Importance times the cosine distance to the most similar token of greater importance; no gradient.
 
-    (B, N) importance, (B, P+N, C) tokens -> (B, N) scores, and for merge (B, N) one over each token's length, float32.
-    compared: how many of the least important tokens are compared with the others; those beyond get their importance
-    plus twice the largest one, which is above all scores, as no distance is above 2. None: all.
+    (B, N) importance, (B, P+N, C) tokens -> (B, N) scores and, for merge, (B, N) reciprocals of the tokens' lengths,
+    both float32. compared: how many of the least important tokens, at least one, are compared with the others; these
+    get their own importance plus twice the largest importance, which puts them above every score, as no distance is
+    above 2. None: all.
     """
-    num_compared = importance.shape[1] if compared is None else compared
+    num_tokens = importance.shape[1]
+    num_compared = num_tokens if compared is None else max(1, min(compared, num_tokens))
     return _distinct_scores(importance.detach(), x.detach(), num_prefix, num_compared, coarse(x))
 
 
@@ -98,7 +100,8 @@ def merge(
     token is part of. Of equal scores the lower place is better, of equal cosines the better score. Gradients reach x,
     size and weights, not the choice.
     inverse_norm: what distinct_scores gave for these tokens; None: computed here. keep_length: each mean gets the mean
-    length, by weight, of the tokens in it; without gradients.
+    length, by weight, of the tokens in it; without gradients. A token with numbers that are not finite makes all means
+    of its image not finite.
     """
     size = size.float()
     weights = size if weights is None else weights.float()
@@ -135,7 +138,7 @@ FEW_ROWS_TILE = Tile(rows=64, columns=64, channels=64)
 # not fit there.
 FLOAT32_TILE = Tile(rows=64, columns=64, channels=16, stages=2)
 FLOAT32_MERGE_TILE = Tile(rows=32, columns=32, channels=64, stages=2)
-# No products, each number is read once: a program has to wait for many loads at a time.
+# No products, each number is read once or twice: a program has to wait for many loads at a time.
 NORM_TILE = Tile(rows=32, columns=1, channels=64)
 RANK_TILE = Tile(rows=64, columns=64, channels=1)
 KEYS_AT_A_TIME = 64
@@ -185,14 +188,16 @@ def _outlying(tokens: Tensor, size: Tensor) -> Tensor:
     tokens = with_whole_rows(tokens)
     batch, num_tokens, channels = tokens.shape
     size = size.float().contiguous()
-    mean = tokens.new_empty(batch, channels, dtype=torch.float32)
+    direction = tokens.new_empty(batch, channels, dtype=torch.float32)
     importance = torch.empty_like(size)
     shape = {"C": channels, "BLOCK_M": NORM_TILE.rows, "BLOCK_C": NORM_TILE.channels}
     strides = (tokens.stride(0), tokens.stride(1), num_tokens)
     with torch.cuda.device_of(tokens):
-        _mean_token_kernel[(batch, triton.cdiv(channels, NORM_TILE.channels))](tokens, size, mean, *strides, **shape)
+        _direction_kernel[(batch, triton.cdiv(channels, NORM_TILE.channels))](
+            tokens, size, direction, *strides, **shape
+        )
         _outlying_kernel[(batch * triton.cdiv(num_tokens, NORM_TILE.rows),)](
-            tokens, size, mean, importance, *strides, SMALLEST=SMALLEST_NORM, **shape
+            tokens, size, direction, importance, *strides, SMALLEST=SMALLEST_NORM, **shape
         )
     return importance
 
@@ -213,7 +218,9 @@ def _distinct_scores(
     few = compared < num_tokens
     with torch.cuda.device_of(x):
         inverse_norm = inverse_norms(x, num_prefix)
-        best, rows, _ = rank(importance, num_tokens - compared) if few else 3 * (importance,)
+        best = rows = importance  # not read where all are compared
+        if few:
+            best, rows, _ = rank(importance, num_tokens - compared)
         tile = FLOAT32_TILE if x.dtype == torch.float32 else FEW_ROWS_TILE if few else SCORE_TILE
         _score_kernel[(x.shape[0] * triton.cdiv(compared, tile.rows),)](
             *(x, inverse_norm, importance, best, rows, scores, x.stride(0), x.stride(1), num_tokens, compared),
@@ -244,11 +251,12 @@ def _merge(
     with torch.cuda.device_of(x):
         if inverse_norm is None:
             inverse_norm = inverse_norms(x, num_prefix)
+        inverse_norm = inverse_norm.float().contiguous()
         kept, others, place = rank(scores.contiguous(), num_keep)
         if others.shape[1] > 0:
             join(x, inverse_norm, kept, others, place, num_prefix, coarse)
         merged, merged_size, length = average(
-            x, inverse_norm, kept, others, place, size.contiguous(), weights.contiguous(), num_prefix
+            x, inverse_norm, kept, others, place, size.contiguous(), weights.contiguous(), num_prefix, keep_length
         )
         if keep_length and others.shape[1] > 0:
             set_lengths(merged, length, num_prefix)
@@ -309,9 +317,10 @@ def average(
     size: Tensor,
     weights: Tensor,
     num_prefix: int,
+    keep_length: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, P+K, C) prefix tokens and means of the tokens in each place, (B, K) sums of sizes, (B, K) mean lengths of
-    the tokens in each, -1 where there is only one."""
+    """(B, P+K, C) prefix tokens and means of the tokens in each place, (B, K) sums of sizes and, if keep_length, (B, K)
+    mean lengths of the tokens in each, -1 where there is only one."""
     batch, _, channels = x.shape
     num_keep = kept.shape[1]
     merged = x.new_empty(batch, num_prefix + num_keep, channels)
@@ -322,6 +331,7 @@ def average(
     _merge_kernel[(batch * triton.cdiv(num_keep, tile.rows), triton.cdiv(channels, tile.channels))](
         *(x, inverse_norm, kept, others, place, size, weights, merged, merged_size, length),
         *(x.stride(0), x.stride(1), place.shape[1], num_keep),
+        KEEP_LENGTH=keep_length,
         **products(x, num_prefix, tile),
     )
     return merged, merged_size, length
@@ -378,7 +388,7 @@ def with_whole_rows(x: Tensor) -> Tensor:
 def _save_for_merge_gradients(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
     x, _, _, weights, _, _, ctx.num_prefix, keep_length, _ = inputs
     if keep_length:
-        raise NotImplementedError("lengths have no gradient here: scale the mean in plain code")
+        raise NotImplementedError("keep_length has no gradient in the kernels: scale the means in plain code")
     merged, _, _, place = output
     ctx.save_for_backward(weights, place, *((x, merged) if ctx.needs_input_grad[3] else ()))
 
@@ -408,11 +418,17 @@ def _merge_gradients(
 _merge.register_autograd(_merge_gradients, setup_context=_save_for_merge_gradients)
 
 
-# What torch's counter takes for the matrix products in these operators; it gives them shapes in place of tensors.
+# What torch's flop counter counts for these operators; it passes shapes instead of tensors.
 @register_flop_formula(torch.ops.dynamicvit.class_attention)
 def _(query: Sequence[int], keys: Sequence[int], *_: Any, **__: Any) -> int:
     batch, heads, _, dim = query
     return 2 * batch * heads * keys[2] * dim
+
+
+@register_flop_formula(torch.ops.dynamicvit.outlying)
+def _(tokens: Sequence[int], *_: Any, **__: Any) -> int:
+    batch, num_tokens, channels = tokens
+    return 2 * batch * num_tokens * channels * 2  # the mean, and its product with each token
 
 
 @register_flop_formula(torch.ops.dynamicvit.distinct_scores)
@@ -422,9 +438,17 @@ def _(importance: Sequence[int], x: Sequence[int], num_prefix: int, compared: in
 
 
 @register_flop_formula(torch.ops.dynamicvit.merge)
-def _(x: Sequence[int], scores: Sequence[int], *others: Any, **__: Any) -> int:
+def _(
+    x: Sequence[int],
+    scores: Sequence[int],
+    size: Sequence[int],
+    weights: Sequence[int],
+    inverse_norm: Sequence[int] | None,
+    num_keep: int,
+    *_: Any,
+    **__: Any,
+) -> int:
     batch, num_tokens = scores
-    num_keep = others[3]
     return 2 * batch * (num_tokens - num_keep) * num_keep * x[2]
 
 
@@ -505,8 +529,8 @@ def _mean_kernel(logits, normaliser, importance, N, H, BLOCK_N: constexpr):
 
 
 @jit
-def _mean_token_kernel(tokens, size, mean, image, token, N, C: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr):
-    """(B, C) sums of tokens, weighted by size, which point where their means do."""
+def _direction_kernel(tokens, size, direction, image, token, N, C: constexpr, BLOCK_M: constexpr, BLOCK_C: constexpr):
+    """(B, C) sums of tokens weighted by size; they point the same way as the means."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((BLOCK_C,), tl.float32)
@@ -516,14 +540,14 @@ def _mean_token_kernel(tokens, size, mean, image, token, N, C: constexpr, BLOCK_
         values = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
         sizes = tl.load(size + b * N + n, mask=n < N, other=0.0)
         sums += tl.sum(values * sizes[:, None], 0)
-    tl.store(mean + b * C + c, sums, mask=c < C)
+    tl.store(direction + b * C + c, sums, mask=c < C)
 
 
 @jit
 def _outlying_kernel(
     tokens,
     size,
-    mean,
+    direction,
     importance,
     image,
     token,
@@ -538,16 +562,16 @@ def _outlying_kernel(
     n = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     product = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    mean_squares = 0.0
+    toward_squares = 0.0
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         at = tokens + b * image + n[:, None] * token + c[None, :]
         values = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-        means = tl.load(mean + b * C + c, mask=c < C, other=0.0)
-        product += tl.sum(values * means[None, :], 1)
+        toward = tl.load(direction + b * C + c, mask=c < C, other=0.0)
+        product += tl.sum(values * toward[None, :], 1)
         squares += tl.sum(values * values, 1)
-        mean_squares += tl.sum(means * means, 0)
-    norms = tl.maximum(tl.sqrt_rn(squares), SMALLEST) * tl.maximum(tl.sqrt_rn(mean_squares), SMALLEST)
+        toward_squares += tl.sum(toward * toward, 0)
+    norms = tl.maximum(tl.sqrt_rn(squares), SMALLEST) * tl.maximum(tl.sqrt_rn(toward_squares), SMALLEST)
     sizes = tl.load(size + b * N + n, mask=n < N, other=0.0)
     tl.store(importance + b * N + n, sizes * (1 - product / norms), mask=n < N)
 
@@ -625,7 +649,8 @@ def _score_kernel(
     BLOCK_N: constexpr,
     BLOCK_C: constexpr,
 ):
-    """Of all tokens, or FEW: of the M in rows; the best N-M, in the order of importance, come above all of these."""
+    """Scores all tokens or, if FEW, the M in rows; the N-M in best get scores above all of these, in the order of their
+    importance."""
     tiles = tl.cdiv(M, BLOCK_M)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -745,6 +770,7 @@ def _merge_kernel(
     x_token,
     N,
     K,
+    KEEP_LENGTH: constexpr,
     C: constexpr,
     P: constexpr,
     PRECISION: constexpr,
@@ -766,22 +792,26 @@ def _merge_kernel(
     own_weight = tl.load(weights + b * N + own, mask=k < K, other=0.0)
     total = own_weight
     sizes = tl.load(size + b * N + own, mask=k < K, other=0.0)
-    lengths = own_weight / tl.load(inverse_norm + b * N + own, mask=k < K, other=1.0)
+    lengths = tl.zeros((BLOCK_M,), tl.float32)
+    if KEEP_LENGTH:
+        lengths += own_weight / tl.load(inverse_norm + b * N + own, mask=k < K, other=1.0)
     joined = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, N - K, BLOCK_N):
         m = start + tl.arange(0, BLOCK_N)
         n = tl.load(others + b * (N - K) + m, mask=m < N - K, other=0)
         here = tl.load(place + b * N + n, mask=m < N - K, other=-1)[None, :] == k[:, None]
         weight = tl.load(weights + b * N + n, mask=m < N - K, other=0.0)
-        weighted = weight / tl.load(inverse_norm + b * N + n, mask=m < N - K, other=1.0)
         total += tl.sum(tl.where(here, weight[None, :], 0.0), 1)
         sizes += tl.sum(tl.where(here, tl.load(size + b * N + n, mask=m < N - K, other=0.0)[None, :], 0.0), 1)
-        lengths += tl.sum(tl.where(here, weighted[None, :], 0.0), 1)
-        joined += tl.sum(here.to(tl.int32), 1)
+        if KEEP_LENGTH:
+            weighted = weight / tl.load(inverse_norm + b * N + n, mask=m < N - K, other=1.0)
+            lengths += tl.sum(tl.where(here, weighted[None, :], 0.0), 1)
+            joined += tl.sum(here.to(tl.int32), 1)
     total = tl.where(total == 0, 1.0, total)
     if tl.program_id(1) == 0:
         tl.store(merged_size + b * K + k, sizes, mask=k < K)
-        tl.store(length + b * K + k, tl.where(joined > 0, lengths / total, -1.0), mask=k < K)
+        if KEEP_LENGTH:
+            tl.store(length + b * K + k, tl.where(joined > 0, lengths / total, -1.0), mask=k < K)
 
     source = x + b * x_image
     target = merged + b * (P + K) * C

@@ -56,7 +56,8 @@ def size_bias(log_size: Tensor, num_prefix: int) -> Tensor:
 
     Proportional attention (ToMe, arXiv 2210.09461, section 3). Prefix tokens have size 1.
     """
-    return aligned(log_size, num_prefix)[:, None, None]
+    # New dimensions first: with none padded afterwards, all strides but the last one are multiples.
+    return aligned(log_size[:, None, None], num_prefix)
 
 
 def aligned(bias: Tensor, left: int = 0) -> Tensor:
@@ -328,7 +329,7 @@ class TokenPruning(Dynamic):
                 size = size * (1 + probability - probability.detach())
             reduced = self.reducer(tokens.x, scores, size, num_keep, self.num_prefix_tokens)
             if run.restorer is not None:
-                run.restorer.note(look.tokens, reduced, self.num_prefix_tokens)
+                run.restorer.note(look.tokens, reduced, self.num_prefix_tokens, self.reducer.drops)
             patches = reduced.kept if stage == 0 else tokens.patches.gather(1, reduced.kept)
             tokens.x, tokens.size, tokens.patches = reduced.x, reduced.size, patches
             if reduced.size is not None:

@@ -37,7 +37,7 @@ class Scores(NamedTuple):
     weights: Tensor | None = None  # (B, N) a token's weight in the mean that it becomes part of; None: its size
     similarity: Tensor | None = None  # (B, N, N) of each token with each; None: the cosine of the tokens
     rows: Tensor | None = None  # (B, M) the tokens that similarity has rows for, (B, M, N); all that may leave
-    inverse_norm: Tensor | None = None  # (B, N) one over each token's length, where kernels have computed it
+    inverse_norm: Tensor | None = None  # (B, N) reciprocal lengths of look.x's tokens, where kernels have computed them
 
 
 class Reduced(NamedTuple):
@@ -46,7 +46,7 @@ class Reduced(NamedTuple):
     x: Tensor  # (B, P+K, C): prefix tokens, then the kept patch tokens
     kept: Tensor  # (B, K) places of the kept ones among the N
     size: Tensor | None = None  # (B, K) patches that each one stands for
-    place: Tensor | None = None  # (B, N) which of the K each one is part of now; None: the others are dropped
+    place: Tensor | None = None  # (B, N) which of the K each is part of now, -1: none; None: the others are dropped
 
     def places(self, num_tokens: int) -> Tensor:
         """(B, N) which of the K each of the N tokens is part of, -1 for dropped ones."""
@@ -61,6 +61,7 @@ class Reducer(Named):
     """Base of all reducers; REDUCERS["mine"] = Mine() makes the name of your own one known everywhere."""
 
     merges = False  # whether tokens come to stand for several patches, and attention has to be weighted by their size
+    drops = True  # whether tokens may end up in none of the kept ones
     hides = False  # whether training may hide tokens instead, as published, so that a learned scorer gets a gradient
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
@@ -84,11 +85,12 @@ class Drop(Reducer):
 class Merge(Reducer):
     name = "merge"
     merges = True
+    drops = False
     keeps_length = False
 
     def __call__(self, x: Tensor, scores: Scores, size: Tensor, num_keep: int, num_prefix: int) -> Reduced:
-        ranking, weights, similarity, rows, inverse_norm = scores
-        return merge(x, ranking, size, num_keep, num_prefix, weights, similarity, rows, self.keeps_length, inverse_norm)
+        hints = scores.weights, scores.similarity, scores.rows, self.keeps_length, scores.inverse_norm
+        return merge(x, scores.scores, size, num_keep, num_prefix, *hints)
 
 
 class MergeKeepingLength(Merge):
@@ -138,7 +140,8 @@ def merge(
     if weights is not None:
         weights = weights.clamp(min=1e-9)  # attention can be 0, and a mean of such tokens is still a mean
     if similarity is None and kernels.available(x):
-        learns = torch.is_grad_enabled() and (x.requires_grad or size.requires_grad)
+        learning = (tensor.requires_grad for tensor in (x, size, weights) if tensor is not None)
+        learns = torch.is_grad_enabled() and any(learning)
         merged, kept, merged_size, place = kernels.merge(
             x, scores, size, num_keep, num_prefix, weights, inverse_norm, keep_length and not learns
         )

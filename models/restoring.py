@@ -18,7 +18,7 @@ class Step(NamedTuple):
     """The way back across a stage."""
 
     place: Tensor  # (B, M) which of the K tokens each one is part of, -1 for none
-    drops: bool  # whether there can be any of these
+    drops: bool  # whether place may hold -1
     own: Tensor | None  # (B, M, C) to be added to the group's token; None: nothing
 
 
@@ -30,11 +30,13 @@ class Restorer:
         self.residual = restore == "residual"
         self.steps: list[Step] = []
 
-    def note(self, tokens: Tensor, reduced: Reduced, num_prefix: int) -> None:
-        """Notes that a stage has turned the (B, M, C) patch tokens into those of reduced."""
-        place, drops = reduced.places(tokens.shape[1]), reduced.place is None
-        # What a dropped token was when it left is all there is of it.
-        own = lost(tokens, reduced.x[:, num_prefix:], place, drops) if self.residual or drops else None
+    def note(self, tokens: Tensor, reduced: Reduced, num_prefix: int, drops: bool = True) -> None:
+        """Notes that a stage has turned the (B, M, C) patch tokens into those of reduced. drops: see Reducer."""
+        place, own = reduced.places(tokens.shape[1]), None
+        if self.residual or drops:
+            own = lost(tokens, reduced.x[:, num_prefix:], place, drops)
+        if not self.residual and drops:  # what a dropped token was when it left is all there is of it
+            own = own * (place < 0)[..., None]
         self.steps.append(Step(place, drops, own))
 
     def __call__(self, x: Tensor, num_prefix: int) -> Tensor:

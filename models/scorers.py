@@ -290,7 +290,7 @@ def distinct(importance: Tensor, look: Look, weights: Tensor | None, compared: i
     num_tokens = importance.shape[1]
     count = num_tokens if compared is None else max(1, compared * (num_tokens - look.num_keep))
     if kernels.available(x):
-        scores, inverse_norm = kernels.distinct_scores(importance, x, look.num_prefix, min(count, num_tokens))
+        scores, inverse_norm = kernels.distinct_scores(importance, x, look.num_prefix, count)
         return Scores(scores, weights, inverse_norm=inverse_norm)
     rows = importance.topk(count, dim=1, largest=False).indices if count < num_tokens else None
     tokens = x[:, look.num_prefix :]

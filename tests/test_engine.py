@@ -212,8 +212,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     results["skipped_steps"] = train(trainer, [(images, labels)] * 2)["skipped_steps"]
     results["weights_after_bad_step"] = weights(trainer.model).tolist()
     (folder / f"{rank}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()  # as main_dynamic_vit does, for gloo of torch 2.7
-    torch.distributed.destroy_process_group()
+    utils.end_distributed()
 
 
 @pytest.fixture(scope="module")

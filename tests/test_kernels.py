@@ -15,6 +15,7 @@ from conftest import ONE_THREAD, ROOT, launch, needs_gpu
 from dynamicvit.models import kernels, make_dynamic
 from dynamicvit.models.flops import gflops_of
 from dynamicvit.models.kernels import INTERPRETED
+from dynamicvit.models.reducers import merge
 from torch import Tensor
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -33,20 +34,29 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles instead of interpreting")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_kernels_compile_for_gpus(dtype: torch.dtype, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "dtype, coarse, capability",
+    [(torch.float32, False, 90), (torch.float32, True, 90), (torch.bfloat16, False, 80), (torch.float16, False, 90)],
+    ids=str,
+)
+def test_kernels_compile_for_gpus(
+    dtype: torch.dtype, coarse: bool, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The interpreter takes programs that the compiler refuses. Compiling needs no GPU: launches on a CPU's tensors are
     # caught, and what each would launch is compiled.
     triton = pytest.importorskip("triton")
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
     compiled = set()
+    monkeypatch.setattr(kernels, "coarse", lambda x: coarse)
 
     def compile_only(kernel, *args, grid, warmup, **named) -> None:
         options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
         values = dict(zip(kernel.arg_names, args, strict=False)) | named
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        constants |= {
+            name: 1 for name, value in values.items() if type(value) is int and value == 1
+        }  # as a launch does
         signature = {
             name: "constexpr" if name in constants else f"*{types[v.dtype]}" if isinstance(v, Tensor) else "i32"
             for name, v in values.items()
@@ -58,13 +68,13 @@ def test_kernels_compile_for_gpus(dtype: torch.dtype, capability: int, monkeypat
     launched = [value for value in vars(kernels).values() if isinstance(value, triton.JITFunction)]
     for kernel in launched:
         monkeypatch.setattr(kernel, "run", partial(compile_only, kernel))
-    x, size = torch.randn(2, 31, 32, dtype=dtype), torch.ones(2, 30)
-    query, keys = torch.randn(2, 2, 1, 16, dtype=dtype), torch.randn(2, 2, 31, 16, dtype=dtype)
-    kernels.class_attention(query, keys, 0.25, 1, size)
-    kernels.outlying(x[:, 1:], size)
-    for compared in (30, 12):
+    for num_tokens, num_keep, compared in [(30, 9, 12), (30, 30, 30), (30, 1, 1)][: 3 if dtype == torch.float16 else 1]:
+        x, size = torch.randn(2, 1 + num_tokens, 384, dtype=dtype), torch.ones(2, num_tokens)
+        query, keys = torch.randn(2, 6, 1, 64, dtype=dtype), torch.randn(2, 6, 1 + num_tokens, 64, dtype=dtype)
+        kernels.class_attention(query, keys, 0.25, 1, size)
+        kernels.outlying(x[:, 1:], size)
         scores, inverse_norm = kernels.distinct_scores(size, x, 1, compared)
-    kernels.merge(x, scores, size, 9, 1, None, inverse_norm, keep_length=True)
+        kernels.merge(x, scores, size, num_keep, 1, None, inverse_norm, keep_length=True)
     assert compiled == {kernel.__name__ for kernel in launched} - {"_inner_products"}
 
 
@@ -95,7 +105,13 @@ def plain_scores(importance: Tensor, x: Tensor, num_prefix: int) -> Tensor:
 
 
 def plain_merge(
-    x: Tensor, scores: Tensor, size: Tensor, num_keep: int, num_prefix: int, weights: Tensor | None = None
+    x: Tensor,
+    scores: Tensor,
+    size: Tensor,
+    num_keep: int,
+    num_prefix: int,
+    weights: Tensor | None = None,
+    inverse_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As a product with a matrix of all shares, in float32."""
     weights = size if weights is None else weights
@@ -204,6 +220,14 @@ def test_distinct_scores_of_as_many_as_are_asked_for_among_equals() -> None:
 
 
 @runs_kernels
+def test_at_least_one_token_is_compared_and_at_most_all() -> None:
+    x, importance = random(2, 1 + 40, 16), random(2, 40, seed=1).softmax(dim=1)
+    for asked, taken in ((0, 1), (41, 40)):
+        found, expected = (kernels.distinct_scores(importance, x, 1, count)[0] for count in (asked, taken))
+        assert torch.equal(found, expected)
+
+
+@runs_kernels
 @DTYPES
 @pytest.mark.parametrize(
     "num_prefix, num_tokens, num_keep, channels",
@@ -301,7 +325,9 @@ def test_scores_that_are_no_numbers_give_each_token_a_place() -> None:
 @runs_kernels
 def test_a_group_without_weight_is_no_division_by_zero() -> None:
     x = random(1, 21, 16).requires_grad_()
-    merged, *_ = kernels.merge(x, random(1, 20, seed=2), torch.ones(1, 20), 5, 1, torch.zeros(1, 20, device=DEVICE))
+    merged, *_ = kernels.merge(
+        x, random(1, 20, seed=2), torch.ones(1, 20, device=DEVICE), 5, 1, torch.zeros(1, 20, device=DEVICE)
+    )
     merged.sum().backward()
     assert merged.isfinite().all() and x.grad.isfinite().all()
 
@@ -313,6 +339,8 @@ def test_tokens_in_any_strides() -> None:
     scores, _ = kernels.distinct_scores(importance.T.contiguous().T, x, 1)
     torch.testing.assert_close(scores, plain_scores(importance, x, 1), atol=1e-6, rtol=1e-5)
     assert_merges_alike(x, scores.T.contiguous().T, size, 11, 1, importance.T.contiguous().T)
+    inverse_norm = 1 / x[:, 1:].norm(dim=-1)
+    assert_merges_alike(x, scores, size, 11, 1, importance, inverse_norm.T.contiguous().T)
 
 
 @runs_kernels
@@ -329,10 +357,10 @@ def test_images_beyond_the_reach_of_32_bits() -> None:
     torch.testing.assert_close(importance, plain_attention(query, keys, 1.0, 1, None))
 
 
-def gradients(merge, x: Tensor, scores: Tensor, size: Tensor, weights: Tensor | None) -> list[Tensor]:
+def gradients(function, x: Tensor, scores: Tensor, size: Tensor, weights: Tensor | None) -> list[Tensor]:
     """Of a loss that weighs each number differently, for each of the three that is there."""
     leaves = [leaf.clone().requires_grad_() for leaf in (x, size, weights) if leaf is not None]
-    merged, _, merged_size, _ = merge(leaves[0], scores, leaves[1], 9, 2, *leaves[2:])
+    merged, _, merged_size, _ = function(leaves[0], scores, leaves[1], 9, 2, *leaves[2:])
     loss = (merged.float() * random(*merged.shape, seed=5)).sum()
     loss = loss + (merged_size * random(*merged_size.shape, seed=6)).sum()
     return list(torch.autograd.grad(loss, leaves))
@@ -446,6 +474,7 @@ def test_a_model_decides_the_same_with_kernels_and_without(
 def test_products_in_kernels_are_counted() -> None:
     query, keys, x, size = (value[:1] for value in stage_inputs())
     assert gflops_of(lambda: kernels.class_attention(query, keys, 0.25, 1)) == 2 * 31 * 16 / 1e9
+    assert gflops_of(lambda: kernels.outlying(x[:, 1:], size)) == 2 * 30 * 32 / 1e9
     assert gflops_of(lambda: kernels.distinct_scores(size, x, 1, 12)) == 12 * 30 * 32 / 1e9
     assert gflops_of(lambda: kernels.merge(x, size, size, 9, 1)) == 21 * 9 * 32 / 1e9
 
@@ -463,6 +492,17 @@ def test_a_model_that_keeps_lengths_learns_the_same_with_kernels_and_without(mon
         model(images).square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+@runs_kernels
+@pytest.mark.parametrize("weighted", [True, False], ids=["weights", "sizes"])
+def test_weights_learn_where_tokens_do_not(weighted: bool) -> None:
+    size, weights = some_sizes(2, 30), random(2, 30, seed=1).softmax(dim=1) if weighted else None
+    learns = weights if weighted else size
+    learns.requires_grad_()
+    merged = merge(random(2, 31, 24), random(2, 30, seed=2), size, 9, 1, weights, keep_length=True).x
+    merged.sum().backward()
+    assert learns.grad.abs().sum() > 0
 
 
 @runs_kernels

@@ -197,8 +197,7 @@ def report_rate(rank: int, port: int, folder: Path) -> None:
     rate = rates(0, "--batch-size", "64")[PREDICTOR]
     (folder / str(rank)).write_text(str(rate))
     utils.gather(rank)  # so that none leaves while the other still connects
-    torch.distributed.barrier()  # as main_dynamic_vit does, for gloo of torch 2.7
-    torch.distributed.destroy_process_group()
+    utils.end_distributed()
 
 
 def test_linear_scaling_with_processes(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from dynamicvit.models.pruning import size_bias
 from dynamicvit.models.reducers import REDUCERS, Scores, cosine_similarity, drop, lost, merge, unmerge
+from dynamicvit.models.restoring import Restorer
+from dynamicvit.tools.rivals import PruneAndMerge
 from torch import Tensor
 
 # Two prefix tokens, then four patch tokens of two channels
@@ -141,3 +143,42 @@ def test_what_is_lost_gives_each_token_back(reducer: str) -> None:
             expected = merged[b, group] if group >= 0 else torch.zeros(8)
             assert torch.equal(copies[b, i], expected)
     assert (place < 0).any() == (reducer == "drop")
+
+
+@pytest.mark.parametrize("restore", ["residual", "copy"])
+def test_tokens_come_back_from_a_reducer_that_merges_some_and_drops_others(restore: str) -> None:
+    x = random_tokens(2, 7, 8)
+    reduced = PruneAndMerge({(6, 2): 4})(x, Scores(torch.arange(6.0).expand(2, -1)), torch.ones(2, 6), 2, 1)
+    restorer = Restorer(restore)
+    restorer.note(x[:, 1:], reduced, num_prefix=1)
+    changed = reduced.x + 1  # by the blocks after the stage
+    patches = restorer(changed, num_prefix=1)[:, 1:]
+    for b in range(2):
+        for i in range(6):
+            group = reduced.place[b, i]
+            alone = x[b, 1 + i] if group < 0 else x[b, 1 + i] + 1
+            expected = changed[b, 1 + group] if restore == "copy" and group >= 0 else alone
+            torch.testing.assert_close(patches[b, i], expected)
+    assert (reduced.place[0] < 0).tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("reducer", ["drop", "merge"])
+@pytest.mark.parametrize("restore", ["residual", "copy"])
+def test_tokens_come_back_through_two_stages(restore: str, reducer: str) -> None:
+    x = random_tokens(2, 11, 8)
+    first = REDUCERS[reducer](x, Scores(random_tokens(2, 9)), torch.ones(2, 9), 6, 2)
+    second = REDUCERS[reducer](first.x, Scores(random_tokens(2, 6)), torch.ones(2, 6), 3, 2)
+    restorer = Restorer(restore)
+    restorer.note(x[:, 2:], first, 2, REDUCERS[reducer].drops)
+    restorer.note(first.x[:, 2:], second, 2, REDUCERS[reducer].drops)
+    restored = restorer(second.x, num_prefix=2)
+    places = first.places(9), second.places(6)
+    for b in range(2):
+        for i in range(9):
+            where = [int(places[0][b, i])]
+            where += [int(places[1][b, where[0]])] if where[0] >= 0 else [-1]
+            if restore == "residual" or where[0] < 0:
+                expected = x[b, 2 + i]
+            else:  # a token that was dropped at the second stage is what it was there
+                expected = second.x[b, 2 + where[1]] if where[1] >= 0 else first.x[b, 2 + where[0]]
+            torch.testing.assert_close(restored[b, 2 + i], expected)

@@ -3,7 +3,8 @@
     dynamicvit benchmark --arch deit_small --base-rate 0.7 --batch-size 1 8 32 --json speed.json
 
 The dense model is timm's own (for LV-ViT our backbone), with fused attention; all have the same weights. "dynamic" is
-the published form at this rate. With as many multiply-adds: "merged", what make_dynamic(speedup=) chooses; "ToMe"; and
+the published form at this rate. With as many multiply-adds: "merged", what make_dynamic(speedup=) chooses (unless
+--stages or --place say otherwise); "ToMe"; and
 "bound", which has merged's stages and cuts tokens off without looking at any: no way to choose tokens can be faster.
 With --input FOLDER it measures instead how fast one core reads and augments images.
 """
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stages",
         type=number(int, POSITIVE),
         default=MAX_STAGES,
-        help="of merged, at most; a few large ones take less time than many small ones",
+        help="most stages that merged may have; fewer are faster where a batch does not fill the device",
     )
     add("--input-size", type=number(int, POSITIVE), default=224, help="pixels")
     add("--batch-size", type=number(int, POSITIVE), nargs="+", help="one or several (default: 1 32; with --train 32)")

@@ -215,7 +215,7 @@ def peak_allocated(step: Callable[[], None], on_gpu: bool) -> int:
         held = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - held
-    # acc_events: or torch 2.11 warns of cycles that there are none of
+    # without acc_events torch 2.11 warns about profiling cycles, though there is only one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         step()
     events = trace.profiler.kineto_results.events()

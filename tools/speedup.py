@@ -40,7 +40,7 @@ TOLERANCE = 0.02  # of a speed-up: what timing cannot resolve
 CLOSE_ENOUGH = 0.05  # above the wish; a slower model would be more like the dense one
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 6.0, 5, 30  # of a timing
 BUSY = 1.3  # median over least time, above which something else is going on
-# A large GPU needs as many to be busy with computing, and not with starting kernels.
+# A large GPU needs this many images, or it spends its time launching kernels.
 USUAL_BATCH = {"cpu": 8, "cuda": 256}
 USUAL_SPEEDUP = 1.5  # by default; and to place stages whose rates are given by hand
 GPU_TURN_SECONDS = 0.05  # in which a GPU's queue fills
@@ -259,7 +259,6 @@ def time_models(deployment: Deployment, size: int | tuple[int, int], models: dic
     not fit the GPU's memory.
     """
     shape = (deployment.batch_size, 3, *two_sides(size))
-    images = torch.randn(shape, device=deployment.device, dtype=deployment.amp_dtype)
     labels = torch.empty(0)
 
     def step(model: nn.Module, images: Tensor, labels: Tensor) -> Any:
@@ -267,9 +266,10 @@ def time_models(deployment: Deployment, size: int | tuple[int, int], models: dic
 
     steps = {name: partial(step, model) for name, model in models.items()}
     try:
+        images = torch.randn(shape, device=deployment.device, dtype=deployment.amp_dtype)
         once = {name: time_turn(partial(run, images, labels), 1, images.is_cuda) for name, run in steps.items()}
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory with {len(images)} images at a time; give a lower --for-batch") from error
+        raise UserError(f"out of GPU memory with {shape[0]} images at a time; give a lower --for-batch") from error
     turn = max(1, round(GPU_TURN_SECONDS / max(once.values()))) if images.is_cuda else 1
     a_round = turn * sum(once.values())
     rounds = min(max(round(SECONDS / a_round), MIN_ROUNDS), MAX_ROUNDS)
