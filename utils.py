@@ -79,8 +79,8 @@ def end_distributed() -> None:
     if not dist.is_initialized():
         return
     dist.barrier()
-    # With torch 2.7 the next line hangs, now and then, seemingly where gloo's threads are still tidying up after the last
-    # exchange.
+    # With torch 2.7 destroying the group hangs, now and then, seemingly where gloo's threads are still tidying up after
+    # the last exchange.
     time.sleep(0.1)
     dist.destroy_process_group()
 

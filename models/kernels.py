@@ -221,7 +221,7 @@ def _distinct_scores(
         best = rows = importance  # not read where all are compared
         if few:
             best, rows, _ = rank(importance, num_tokens - compared)
-        tile = FLOAT32_TILE if x.dtype == torch.float32 else FEW_ROWS_TILE if few else SCORE_TILE
+        tile = for_precision(FEW_ROWS_TILE if few else SCORE_TILE, x, coarse)
         _score_kernel[(x.shape[0] * triton.cdiv(compared, tile.rows),)](
             *(x, inverse_norm, importance, best, rows, scores, x.stride(0), x.stride(1), num_tokens, compared),
             FEW=few,
@@ -301,7 +301,7 @@ def join(
     x: Tensor, inverse_norm: Tensor, kept: Tensor, others: Tensor, place: Tensor, num_prefix: int, coarse: bool = False
 ) -> None:
     """Sets the place of each of the (B, N-K) others to the number of the kept one that is most like it."""
-    tile = FLOAT32_TILE if x.dtype == torch.float32 else FEW_ROWS_TILE
+    tile = for_precision(FEW_ROWS_TILE, x, coarse)
     _join_kernel[(x.shape[0] * triton.cdiv(others.shape[1], tile.rows),)](
         *(x, inverse_norm, kept, others, place, x.stride(0), x.stride(1), place.shape[1], kept.shape[1]),
         **products(x, num_prefix, tile, coarse),
@@ -378,6 +378,13 @@ def products(x: Tensor, num_prefix: int, tile: Tile, coarse: bool = False) -> di
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def for_precision(tile: Tile, x: Tensor, coarse: bool) -> Tile:
+    """The tile for products of 16-bit numbers, or its counterpart for what x holds."""
+    if x.dtype != torch.float32:
+        return tile
+    return tile._replace(channels=tile.channels // 2) if coarse else FLOAT32_TILE  # coarse ones use tensor cores, too
 
 
 def with_whole_rows(x: Tensor) -> Tensor:

@@ -200,6 +200,17 @@ def test_distinct_scores(num_prefix: int, num_tokens: int, channels: int, dtype:
 
 
 @runs_kernels
+def test_coarse_products_take_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "coarse", lambda x: True)  # as under autocast on a GPU
+    x, importance = random(2, 1 + 130, 100), random(2, 130, seed=1).softmax(dim=1)
+    scores, _ = kernels.distinct_scores(importance, x, 1)
+    error = 1e-5 if INTERPRETED else 1e-3  # an interpreter does not round to 10 bits
+    torch.testing.assert_close(scores, plain_scores(importance, x, 1), atol=error, rtol=error)
+    if INTERPRETED:
+        assert_merges_alike(x, scores, some_sizes(2, 130), 90, 1, importance)
+
+
+@runs_kernels
 @DTYPES
 @pytest.mark.parametrize("compared", [1, 30, 70, 129, 130])
 def test_distinct_scores_of_the_least_important(compared: int, dtype: torch.dtype) -> None:
