@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .families import Family
 
 MAX_STAGES = 12  # in a deep model they are spread
+# For a prediction so few are as good as more of them, up to this speed-up; beyond it each would have to take too much.
+FEW_STAGES, FEW_UP_TO = 5, 1.8
 FEWEST_TOKENS = 0.03  # share of the patches that is always kept
 LOWEST_RATE = 0.5  # the smallest share of its tokens that a stage may keep
 BISECTIONS = 16
@@ -37,16 +39,18 @@ FOR_SPEED = Choice()
 FOR_FEATURES = Choice(scorer="outlying", place="before", features=True)
 
 
-def spread(depth: int, speedup: float, place: str, most: int = MAX_STAGES, features: bool = False) -> tuple[int, ...]:
-    """Blocks of the stages: one after the other to the end; the greater the speed-up, the earlier the first one.
+def spread(depth: int, speedup: float, place: str, most: int | None = None, features: bool = False) -> tuple[int, ...]:
+    """Blocks of the stages, evenly to the end; the greater the speed-up, the earlier the first one.
 
     The first block is what measured best with DeiT-Tiny. For its prediction: block 4 of 12 at 1.33 times fewer
     multiply-adds, 3 at 1.69, 2 at 2.0, 1 from 2.5 on (500 photos, docs/scores.md). In the first quarter of the depth
     class attention says little, but late stages alone would have to leave too few tokens. For all features: block 6 at
     1.3, 3 at 1.6 and 2.0, 2 at 2.6 (docs/features.md), where each stage keeps about four fifths of its tokens. Inside
     the last block a stage would save nothing where its MLP runs for the class token alone. most: the largest number of
-    stages; fewer of them take less time.
+    stages, each of which takes time; None: as few as lose nothing by it.
     """
+    if most is None:
+        most = FEW_STAGES if speedup <= FEW_UP_TO and not features else MAX_STAGES
     end = depth - (place == "inside" and not features)
     share = min(0.108 / (1 - 1 / speedup), 2 / 3) if features else 0.7 / speedup - 1 / 6
     first = min(max(1, round(depth * share)), end - 1)

@@ -97,9 +97,9 @@ def test_the_bound_has_the_same_stages_and_looks_at_nothing(place: str) -> None:
 
 
 def test_merged_has_at_most_as_many_stages_as_asked_for() -> None:
-    few, all_of_them = (contenders.make_models(settings(stages=n), 32, 0.7)["merged"].spec for n in (3, 12))
+    few, all_of_them = (contenders.make_models(settings(stages=n), 32, 0.6)["merged"].spec for n in (3, 12))
     assert (len(few.pruning_loc), len(all_of_them.pruning_loc)) == (3, 8)
-    assert few.pruning_loc[0] == all_of_them.pruning_loc[0] and few.keep_rates[0] < all_of_them.keep_rates[0]
+    assert few.keep_rates[0] < all_of_them.keep_rates[0]
 
 
 @pytest.mark.usefixtures("small_archs")

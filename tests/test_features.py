@@ -47,7 +47,14 @@ def test_stages_begin_the_earlier_the_more_is_wanted() -> None:
     stages = {speedup: spread(12, speedup, "before", features=True) for speedup in (1.05, 1.3, 1.6, 2, 2.6)}
     assert [loc[0] for loc in stages.values()] == [8, 6, 3, 3, 2]
     assert all(loc == tuple(range(loc[0], 12)) for loc in stages.values())
-    assert spread(12, 1.6, "inside", features=True)[-1] == 11 and spread(12, 1.6, "inside")[-1] == 10
+    assert spread(12, 1.6, "inside", features=True)[-1] == 11 and spread(12, 1.6, "inside", 12)[-1] == 10
+
+
+def test_five_stages_are_enough_for_a_moderate_speedup() -> None:
+    places = [spread(12, speedup, "inside") for speedup in (1.33, 1.69, 1.8)]
+    assert places == [(4, 5, 6, 8, 9), (3, 4, 6, 7, 9), (3, 4, 6, 7, 9)]
+    assert spread(12, 2, "inside") == tuple(range(2, 11)) and spread(12, 2, "inside", 3) == (2, 5, 8)
+    assert spread(6, 1.5, "inside") == (2, 3, 4)
 
 
 @pytest.mark.parametrize(

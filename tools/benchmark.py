@@ -26,7 +26,6 @@ from dynamicvit.errors import UserError, exit_status
 from dynamicvit.image_files import ImageFiles
 from dynamicvit.models import ModelError, ModelSpec, build_model
 from dynamicvit.models.pruning import PLACES
-from dynamicvit.models.stages import MAX_STAGES
 from dynamicvit.optim import AMP_DTYPES
 from dynamicvit.options import KEEP_RATE, POSITIVE, OneLineParser, number
 from dynamicvit.recipe import build_augmentation
@@ -77,8 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--stages",
         type=number(int, POSITIVE),
-        default=MAX_STAGES,
-        help="most stages that merged may have; fewer are faster where a batch does not fill the device",
+        help="most stages that merged may have (default: what make_dynamic chooses)",
     )
     add("--input-size", type=number(int, POSITIVE), default=224, help="pixels")
     add("--batch-size", type=number(int, POSITIVE), nargs="+", help="one or several (default: 1 32; with --train 32)")

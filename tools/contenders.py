@@ -15,7 +15,7 @@ from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops, gflops_of
 from dynamicvit.models.patches import project_by_product
 from dynamicvit.models.scorers import Look
-from dynamicvit.models.stages import FOR_SPEED, MAX_STAGES, can_split, spread
+from dynamicvit.models.stages import FOR_SPEED, can_split, spread
 from dynamicvit.models.twins import dense_twin, twin
 from dynamicvit.optim import AMP_DTYPES, build_trainer
 from dynamicvit.recipe import build_augmentation, build_recipe
@@ -62,7 +62,7 @@ class Settings:
     graph: bool
     train: bool
     repeats: int
-    stages: int = MAX_STAGES  # of merged, at most
+    stages: int | None = None  # of merged, at most; None: as make_dynamic(speedup=) chooses
 
 
 class NoScorer(Scorer):
@@ -107,8 +107,10 @@ def make_models(settings: Settings, input_size: int, base_rate: float) -> dict[s
     return models
 
 
-def merged_spec(published: ModelSpec, dense: nn.Module, gflops: float, place: str | None, most: int) -> ModelSpec:
-    """What make_dynamic(speedup=) takes, at this many GFLOPs, with `most` stages at most."""
+def merged_spec(
+    published: ModelSpec, dense: nn.Module, gflops: float, place: str | None, most: int | None
+) -> ModelSpec:
+    """What make_dynamic(speedup=) takes, at this many GFLOPs; with `most` stages at most, where that is given."""
     place = place or (FOR_SPEED.place if can_split(dense, family_of(dense)) else "before")
     speedup = count_gflops(dense, dense.spec.img_size) / gflops
     stages = spread(len(dense.blocks), speedup, place, most)

@@ -20,6 +20,7 @@ from dynamicvit.models.families import family_of
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.spec import two_sides
 from dynamicvit.models.stages import (
+    FEW_STAGES,
     FEWEST_TOKENS,
     FOR_FEATURES,
     FOR_SPEED,
@@ -34,7 +35,7 @@ from dynamicvit.tools.timing import WARMUP_ROUNDS, hardware, interleave, time_tu
 from dynamicvit.utils import log
 from torch import Tensor, nn
 
-STAGE_COUNTS = (MAX_STAGES, 5, 3)  # of the layouts that are timed, at most
+STAGE_COUNTS = (MAX_STAGES, FEW_STAGES, 3)  # of the layouts that are timed, at most
 TIMINGS, MAX_TIMINGS = 3, 6  # each with rates based on those before; more than 3 while no layout is fast enough
 TOLERANCE = 0.02  # of a speed-up: what timing cannot resolve
 CLOSE_ENOUGH = 0.05  # above the wish; a slower model would be more like the dense one
