@@ -101,7 +101,7 @@ class Wish:
 
 
 def layouts(dense: nn.Module, wish: Wish, features: bool) -> list[ModelSpec]:
-    """Descriptions of dynamic models that still keep all tokens: with as many stages as the library would choose, and
+    """Descriptions of dynamic models that still keep all tokens: with a stage in every block from the first one on, and
     with fewer, which take less time."""
     family = family_of(dense)
     depth = len(family.blocks(dense))
