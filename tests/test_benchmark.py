@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEVICES, needs_gpu, write_images
 from dynamicvit.errors import exit_status
-from dynamicvit.models import ARCHS, create_model
+from dynamicvit.models import ARCHS, ModelSpec, build_model, create_model
 from dynamicvit.models.flops import count_gflops
 from dynamicvit.models.patches import PatchProjection
 from dynamicvit.models.stages import FOR_SPEED
@@ -97,7 +97,11 @@ def test_the_bound_has_the_same_stages_and_looks_at_nothing(place: str) -> None:
 
 
 def test_merged_has_at_most_as_many_stages_as_asked_for() -> None:
-    few, all_of_them = (contenders.make_models(settings(stages=n), 32, 0.6)["merged"].spec for n in (3, 12))
+    published = ModelSpec("deit_tiny", 0.6, img_size=32)
+    dense = build_model(published.as_dense())
+    few, all_of_them = (
+        contenders.merged_spec(published, dense, 0.6 * count_gflops(dense, 32), None, n) for n in (3, 12)
+    )
     assert (len(few.pruning_loc), len(all_of_them.pruning_loc)) == (3, 8)
     assert few.keep_rates[0] < all_of_them.keep_rates[0]
 
