@@ -74,9 +74,9 @@ def distinct_scores(
     """Importance times the cosine distance to the most similar token of greater importance; no gradient.
 
     (B, N) importance, (B, P+N, C) tokens -> (B, N) scores and, for merge, (B, N) reciprocals of the tokens' lengths,
-    both float32. compared: how many of the least important tokens, at least one, are compared with the others; these
-    get their own importance plus twice the largest importance, which puts them above every score, as no distance is
-    above 2. None: all.
+    both float32. compared: how many of the least important tokens, at least one, are scored so; the others get their
+    own importance plus twice the largest importance, which puts them above every score, as no distance is above 2.
+    None: all.
     """
     num_tokens = importance.shape[1]
     num_compared = num_tokens if compared is None else max(1, min(compared, num_tokens))
@@ -106,7 +106,7 @@ def merge(
     size = size.float()
     weights = size if weights is None else weights.float()
     merged, kept, merged_size, place = _merge(
-        x, scores.detach(), size, weights, inverse_norm, num_keep, num_prefix, keep_length, coarse(x)
+        x, scores.detach(), num_keep, num_prefix, size, weights, inverse_norm, keep_length, coarse(x)
     )
     if not size.requires_grad:  # or attention would compute the gradient of its size bias for nothing
         merged_size = merged_size.detach()
@@ -239,11 +239,11 @@ def _(importance: Tensor, x: Tensor, num_prefix: int, compared: int, coarse: boo
 def _merge(
     x: Tensor,
     scores: Tensor,
+    num_keep: int,
+    num_prefix: int,
     size: Tensor,
     weights: Tensor,
     inverse_norm: Tensor | None,
-    num_keep: int,
-    num_prefix: int,
     keep_length: bool,
     coarse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -264,22 +264,12 @@ def _merge(
 
 
 @_merge.register_fake
-def _(
-    x: Tensor,
-    scores: Tensor,
-    size: Tensor,
-    weights: Tensor,
-    inverse_norm: Tensor | None,
-    num_keep: int,
-    num_prefix: int,
-    keep_length: bool,
-    coarse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, scores: Tensor, num_keep: int, num_prefix: int, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_tokens = scores.shape
     return (
         x.new_empty(batch, num_prefix + num_keep, x.shape[2]),
         scores.new_empty(batch, num_keep, dtype=torch.long),
-        size.new_empty(batch, num_keep),
+        x.new_empty(batch, num_keep, dtype=torch.float32),
         scores.new_empty(batch, num_tokens, dtype=torch.long),
     )
 
@@ -393,11 +383,11 @@ def with_whole_rows(x: Tensor) -> Tensor:
 
 
 def _save_for_merge_gradients(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
-    x, _, _, weights, _, _, ctx.num_prefix, keep_length, _ = inputs
+    x, _, _, ctx.num_prefix, _, weights, _, keep_length, _ = inputs
     if keep_length:
         raise NotImplementedError("keep_length has no gradient in the kernels: scale the means in plain code")
     merged, _, _, place = output
-    ctx.save_for_backward(weights, place, *((x, merged) if ctx.needs_input_grad[3] else ()))
+    ctx.save_for_backward(weights, place, *((x, merged) if ctx.needs_input_grad[5] else ()))
 
 
 def _merge_gradients(
@@ -419,7 +409,8 @@ def _merge_gradients(
         x, merged = tokens
         beyond = x.float() - merged.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, -1)).float()
         grad_weights = (grads.float() * beyond).sum(dim=-1)[:, num_prefix:] / total
-    return grads * shares[..., None], None, grad_merged_size.gather(1, place), grad_weights, *5 * (None,)
+    grad_x, grad_size = grads * shares[..., None], grad_merged_size.gather(1, place)
+    return grad_x, None, None, None, grad_size, grad_weights, None, None, None
 
 
 _merge.register_autograd(_merge_gradients, setup_context=_save_for_merge_gradients)
@@ -445,16 +436,7 @@ def _(importance: Sequence[int], x: Sequence[int], num_prefix: int, compared: in
 
 
 @register_flop_formula(torch.ops.dynamicvit.merge)
-def _(
-    x: Sequence[int],
-    scores: Sequence[int],
-    size: Sequence[int],
-    weights: Sequence[int],
-    inverse_norm: Sequence[int] | None,
-    num_keep: int,
-    *_: Any,
-    **__: Any,
-) -> int:
+def _(x: Sequence[int], scores: Sequence[int], num_keep: int, *_: Any, **__: Any) -> int:
     batch, num_tokens = scores
     return 2 * batch * (num_tokens - num_keep) * num_keep * x[2]
 
@@ -762,6 +744,52 @@ def _join_kernel(
 
 
 @jit
+def _joining(others, place, weights, b, start, k, N, K, BLOCK_N: constexpr):
+    """BLOCK_N of the tokens that join others, from start on: numbers, which exist, who joins which row k, weights."""
+    m = start + tl.arange(0, BLOCK_N)
+    inside = m < N - K
+    n = tl.load(others + b * (N - K) + m, mask=inside, other=0)
+    here = tl.load(place + b * N + n, mask=inside, other=-1)[None, :] == k[:, None]
+    return n, inside, here, tl.load(weights + b * N + n, mask=inside, other=0.0)
+
+
+@jit
+def _group_sums(
+    inverse_norm,
+    others,
+    place,
+    size,
+    weights,
+    own,
+    own_weight,
+    b,
+    k,
+    N,
+    K,
+    KEEP_LENGTH: constexpr,
+    BLOCK_N: constexpr,
+):
+    """Sums over those that join the rows k and their own tokens: weights, sizes and, if KEEP_LENGTH, the weighted mean
+    of lengths, -1 where none joins."""
+    total = own_weight
+    sizes = tl.load(size + b * N + own, mask=k < K, other=0.0)
+    length = tl.zeros_like(total)
+    joined = tl.zeros_like(total)
+    if KEEP_LENGTH:
+        length += own_weight / tl.load(inverse_norm + b * N + own, mask=k < K, other=1.0)
+    for start in range(0, N - K, BLOCK_N):
+        n, inside, here, weight = _joining(others, place, weights, b, start, k, N, K, BLOCK_N)
+        total += tl.sum(tl.where(here, weight[None, :], 0.0), 1)
+        sizes += tl.sum(tl.where(here, tl.load(size + b * N + n, mask=inside, other=0.0)[None, :], 0.0), 1)
+        if KEEP_LENGTH:
+            weighted = weight / tl.load(inverse_norm + b * N + n, mask=inside, other=1.0)
+            length += tl.sum(tl.where(here, weighted[None, :], 0.0), 1)
+            joined += tl.sum(here.to(tl.float32), 1)
+    total = tl.where(total == 0, 1.0, total)
+    return total, sizes, tl.where(joined > 0, length / total, -1.0)
+
+
+@jit
 def _merge_kernel(
     x,
     inverse_norm,
@@ -786,10 +814,8 @@ def _merge_kernel(
     BLOCK_N: constexpr,
     BLOCK_C: constexpr,
 ):
-    """Means: a kept token times its own share, and a product of shares, built in registers, with those that join.
-
-    Each token enters by its share, as sums of size times token could leave float16's range.
-    """
+    """Means: a kept token times its own share, and a product of shares, built in registers, with those that join. Each
+    token enters by its share, as sums of size times token could leave float16's range."""
     tiles = tl.cdiv(K, BLOCK_M)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -797,28 +823,13 @@ def _merge_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     own = tl.load(kept + b * K + k, mask=k < K, other=0)
     own_weight = tl.load(weights + b * N + own, mask=k < K, other=0.0)
-    total = own_weight
-    sizes = tl.load(size + b * N + own, mask=k < K, other=0.0)
-    lengths = tl.zeros((BLOCK_M,), tl.float32)
-    if KEEP_LENGTH:
-        lengths += own_weight / tl.load(inverse_norm + b * N + own, mask=k < K, other=1.0)
-    joined = tl.zeros((BLOCK_M,), tl.int32)
-    for start in range(0, N - K, BLOCK_N):
-        m = start + tl.arange(0, BLOCK_N)
-        n = tl.load(others + b * (N - K) + m, mask=m < N - K, other=0)
-        here = tl.load(place + b * N + n, mask=m < N - K, other=-1)[None, :] == k[:, None]
-        weight = tl.load(weights + b * N + n, mask=m < N - K, other=0.0)
-        total += tl.sum(tl.where(here, weight[None, :], 0.0), 1)
-        sizes += tl.sum(tl.where(here, tl.load(size + b * N + n, mask=m < N - K, other=0.0)[None, :], 0.0), 1)
-        if KEEP_LENGTH:
-            weighted = weight / tl.load(inverse_norm + b * N + n, mask=m < N - K, other=1.0)
-            lengths += tl.sum(tl.where(here, weighted[None, :], 0.0), 1)
-            joined += tl.sum(here.to(tl.int32), 1)
-    total = tl.where(total == 0, 1.0, total)
+    total, sizes, mean_length = _group_sums(
+        inverse_norm, others, place, size, weights, own, own_weight, b, k, N, K, KEEP_LENGTH, BLOCK_N
+    )
     if tl.program_id(1) == 0:
         tl.store(merged_size + b * K + k, sizes, mask=k < K)
         if KEEP_LENGTH:
-            tl.store(length + b * K + k, tl.where(joined > 0, lengths / total, -1.0), mask=k < K)
+            tl.store(length + b * K + k, mean_length, mask=k < K)
 
     source = x + b * x_image
     target = merged + b * (P + K) * C
@@ -826,12 +837,9 @@ def _merge_kernel(
     mean = tl.load(source + (P + own)[:, None] * x_token + c[None, :], mask=inside, other=0.0).to(tl.float32)
     mean *= tl.div_rn(own_weight, total)[:, None]  # rounded as IEEE wants: 1 for a token that stays alone
     for start in range(0, N - K, BLOCK_N):
-        m = start + tl.arange(0, BLOCK_N)
-        n = tl.load(others + b * (N - K) + m, mask=m < N - K, other=0)
-        here = tl.load(place + b * N + n, mask=m < N - K, other=-1)[None, :] == k[:, None]
-        weight = tl.load(weights + b * N + n, mask=m < N - K, other=0.0)
+        n, joins, here, weight = _joining(others, place, weights, b, start, k, N, K, BLOCK_N)
         at = source + (P + n)[:, None] * x_token + c[None, :]
-        tokens = tl.load(at, mask=(m < N - K)[:, None] & (c < C)[None, :], other=0.0)
+        tokens = tl.load(at, mask=joins[:, None] & (c < C)[None, :], other=0.0)
         shares = tl.where(here, weight[None, :] / total[:, None], 0.0).to(tokens.dtype)
         if WIDEN:
             shares, tokens = shares.to(tl.float32), tokens.to(tl.float32)

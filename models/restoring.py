@@ -33,10 +33,10 @@ class Restorer:
     def note(self, tokens: Tensor, reduced: Reduced, num_prefix: int, drops: bool = True) -> None:
         """Notes that a stage has turned the (B, M, C) patch tokens into those of reduced. drops: see Reducer."""
         place, own = reduced.places(tokens.shape[1]), None
-        if self.residual or drops:
+        if self.residual:
             own = lost(tokens, reduced.x[:, num_prefix:], place, drops)
-        if not self.residual and drops:  # what a dropped token was when it left is all there is of it
-            own = own * (place < 0)[..., None]
+        elif drops:  # what a dropped token was when it left is all there is of it
+            own = tokens * (place < 0)[..., None]
         self.steps.append(Step(place, drops, own))
 
     def __call__(self, x: Tensor, num_prefix: int) -> Tensor:

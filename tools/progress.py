@@ -1,11 +1,10 @@
 """Says on stderr how far a long task has come, so that no command is silent for long; tables stay on stdout."""
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from dynamicvit.utils import printable
+from dynamicvit.utils import printable, write_line
 
 EVERY_SECONDS = 5.0
 
@@ -13,7 +12,7 @@ T = TypeVar("T")
 
 
 def say(message: str) -> None:
-    print(printable(message), file=sys.stderr, flush=True)
+    write_line(printable(message))
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
